@@ -1,0 +1,179 @@
+// The argument checks of the three operators, in the order in which a caller wants to hear of them.
+#include "torch/arguments.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <stdexcept>
+
+namespace sparse_marlin {
+namespace {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+
+Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
+  return torch::stable::new_empty(like, IntHeaderOnlyArrayRef(shape.data(), shape.size()), type);
+}
+
+std::string sizes_text(int64_t n, int64_t k, int64_t num_bits) {
+  return "N=" + std::to_string(n) + ", K=" + std::to_string(k) + ", num_bits=" + std::to_string(num_bits);
+}
+
+void expect_acts(const Arg& a) {
+  if (a.tensor.dim() < 1) fail(a.op, a.name, "at least 1 dimension [..., K]", "a scalar");
+  if (a.tensor.is_cuda()) {
+    const bool fp32 = a.tensor.scalar_type() == ScalarType::Float;
+    expect_dtype(
+        a, {ScalarType::Half, ScalarType::BFloat16},
+        fp32 ? "float32 runs on the CPU only: convert the activations and the scales with .half() or .bfloat16()" : "");
+  } else {
+    expect_dtype(a, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
+  }
+}
+
+// Says of the two tensors which one is wrong: a packed tensor of a whole number of tiles is taken at its word about K.
+void expect_weight_shape(const Arg& weight, int64_t n, int64_t k, int64_t num_bits) {
+  const int bits = static_cast<int>(num_bits);
+  const int64_t words = weight.tensor.size(1), tile = format::tile_words(bits);
+  if (words != format::packed_row_words(k, bits) && words > 0 && words % tile == 0) {
+    const int64_t cols = words / tile * format::kTileCols;
+    fail(weight.op, "a",
+         "a last dimension (K) of " + std::to_string(cols - format::kTileCols + kColMultiple) + ".." +
+             std::to_string(cols) + ", which is what weight_packed " + shape_text(weight.tensor) +
+             " holds for num_bits=" + std::to_string(num_bits),
+         std::to_string(k));
+  }
+  expect_shape(weight, {format::row_tiles(n), format::packed_row_words(k, bits)},
+               "for " + sizes_text(n, k, num_bits) + " (what pack_24_weights returned)");
+}
+
+void expect_scales_shape(const Arg& scales, int64_t n, int64_t k, int64_t group_size) {
+  expect_shape(scales, {num_groups(k, group_size), n},
+               "(groups, N) for N=" + std::to_string(n) + ", K=" + std::to_string(k) +
+                   ", group_size=" + std::to_string(group_size));
+}
+
+WeightType weight_type(ScalarType type) {
+  switch (type) {
+    case ScalarType::Char: return WeightType::kCodes;
+    case ScalarType::Float: return WeightType::kFloat32;
+    case ScalarType::Half: return WeightType::kFloat16;
+    default: return WeightType::kBFloat16;
+  }
+}
+
+void expect_no_fault(const char* op, const PackStatus& status, int num_bits, const char* weight_name) {
+  if (status.ok()) return;
+  const char* name = status.fault == PackFault::kScale ? "scales" : weight_name;
+  throw std::runtime_error(std::string(op) + ": " + name + ": " + describe(status, num_bits));
+}
+
+}  // namespace
+
+GemmCall gemm_call(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, int64_t group_size,
+                   int64_t num_bits, const std::optional<Tensor>& bias) {
+  const Arg acts{kGemmOp, "a", a}, weight{kGemmOp, "weight_packed", weight_packed}, scale{kGemmOp, "scales", scales};
+  expect_num_bits(kGemmOp, num_bits);
+  expect_group_size(kGemmOp, group_size);
+  expect_acts(acts);
+  expect_device_of(weight, acts);
+  expect_dtype(weight, {ScalarType::Int});
+  expect_dims(weight, 2, "(as pack_24_weights returns it)");
+  expect_device_of(scale, acts);
+  expect_dtype_of(scale, acts);
+  expect_dims(scale, 2, "[groups, N]");
+
+  const auto shape = a.sizes();
+  const int64_t k = a.size(a.dim() - 1), n = scales.size(1);
+  expect_in_features(kGemmOp, "a", k);
+  expect_out_features(kGemmOp, "scales", n);
+  expect_weight_shape(weight, n, k, num_bits);
+  expect_scales_shape(scale, n, k, group_size);
+  if (bias) {
+    const Arg offset{kGemmOp, "bias", *bias};
+    expect_device_of(offset, acts);
+    expect_dtype_of(offset, acts);
+    expect_shape(offset, {n}, "(one value an out feature)");
+  }
+  const int64_t m = a.numel() / k;
+  if (m > kMaxTokens) fail(kGemmOp, "a", "at most " + std::to_string(kMaxTokens) + " tokens (M)", std::to_string(m));
+
+  std::vector<int64_t> out_shape(shape.begin(), shape.end());
+  out_shape.back() = n;
+  GemmCall call{};
+  call.problem = {
+      m, n, k, static_cast<int>(group_size), static_cast<int>(num_bits), core_dtype(a.scalar_type()), bias.has_value()};
+  call.out = new_tensor(a, out_shape, a.scalar_type());
+  call.acts = dense_aligned(a);
+  call.weights = packed_rows(weight_packed);
+  call.scales = dense_aligned(scales);
+  if (bias) call.bias = dense_aligned(*bias);
+  call.params = {call.acts.const_data_ptr(),
+                 call.weights.words,
+                 call.weights.row_words,
+                 call.scales.const_data_ptr(),
+                 bias ? call.bias->const_data_ptr() : nullptr,
+                 call.out.mutable_data_ptr(),
+                 nullptr};
+  return call;
+}
+
+PackCall pack_call(const Tensor& weight, const Tensor& scales, int64_t group_size, int64_t num_bits) {
+  const Arg dense{kPackOp, "weight", weight}, scale{kPackOp, "scales", scales};
+  expect_num_bits(kPackOp, num_bits);
+  expect_group_size(kPackOp, group_size);
+  expect_dtype(dense, {ScalarType::Char, ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
+  expect_dims(dense, 2, "[N, K]");
+  expect_device_of(scale, dense);
+  expect_dtype(scale, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
+  expect_dims(scale, 2, "[groups, N]");
+  const int64_t n = weight.size(0), k = weight.size(1);
+  expect_out_features(kPackOp, "weight", n);
+  expect_in_features(kPackOp, "weight", k);
+  expect_scales_shape(scale, n, k, group_size);
+
+  const int bits = static_cast<int>(num_bits);
+  PackCall call{};
+  call.weight = dense_aligned(weight);
+  call.scales = dense_aligned(scales);
+  call.packed = new_tensor(weight, {format::row_tiles(n), format::packed_row_words(k, bits)}, ScalarType::Int);
+  call.params = {call.weight.const_data_ptr(),
+                 weight_type(weight.scalar_type()),
+                 call.scales.const_data_ptr(),
+                 core_dtype(scales.scalar_type()),
+                 n,
+                 k,
+                 static_cast<int>(group_size),
+                 bits,
+                 static_cast<uint32_t*>(call.packed.mutable_data_ptr())};
+  return call;
+}
+
+UnpackCall unpack_call(const Tensor& weight_packed, int64_t size_n, int64_t size_k, int64_t num_bits) {
+  const Arg packed{kUnpackOp, "weight_packed", weight_packed};
+  expect_num_bits(kUnpackOp, num_bits);
+  expect_dtype(packed, {ScalarType::Int});
+  expect_dims(packed, 2, "(as pack_24_weights returns it)");
+  expect_out_features(kUnpackOp, "size_n", size_n);
+  expect_in_features(kUnpackOp, "size_k", size_k);
+  const int bits = static_cast<int>(num_bits);
+  expect_shape(packed, {format::row_tiles(size_n), format::packed_row_words(size_k, bits)},
+               "for " + sizes_text(size_n, size_k, num_bits) + " (what pack_24_weights returned)");
+
+  UnpackCall call{};
+  call.packed = packed_rows(weight_packed);
+  call.codes = new_tensor(weight_packed, {size_n, size_k}, ScalarType::Char);
+  call.params = {call.packed.words,
+                 call.packed.row_words,
+                 size_n,
+                 size_k,
+                 bits,
+                 static_cast<int8_t*>(call.codes.mutable_data_ptr())};
+  return call;
+}
+
+void expect_packed(const PackStatus& status, int num_bits) { expect_no_fault(kPackOp, status, num_bits, "weight"); }
+void expect_unpacked(const PackStatus& status, int num_bits) {
+  expect_no_fault(kUnpackOp, status, num_bits, "weight_packed");
+}
+
+}  // namespace sparse_marlin

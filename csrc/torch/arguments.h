@@ -1,0 +1,48 @@
+// From an operator's tensors to the plain structs of the core: every argument checked, every pointer ready for a
+// kernel.
+#pragma once
+#include <optional>
+
+#include "device/params.h"
+#include "pack/pack_24.h"
+#include "torch/checks.h"
+
+namespace sparse_marlin {
+
+inline constexpr char kPackOp[] = "pack_24_weights";
+inline constexpr char kUnpackOp[] = "unpack_24_weights";
+inline constexpr char kGemmOp[] = "sparse_marlin_gemm";
+
+// Each holds the tensors its pointers point into.
+struct GemmCall {
+  Problem problem;
+  GemmParams params;
+  Tensor out;
+  Tensor acts;
+  PackedRows weights;
+  Tensor scales;
+  std::optional<Tensor> bias;
+};
+struct PackCall {
+  PackParams params;
+  Tensor packed;
+  Tensor weight;
+  Tensor scales;
+};
+struct UnpackCall {
+  UnpackParams params;
+  Tensor codes;
+  PackedRows packed;
+};
+
+// Shapes as in the operators' schemas. The outputs are allocated on the device of the first tensor.
+GemmCall gemm_call(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, int64_t group_size,
+                   int64_t num_bits, const std::optional<Tensor>& bias);
+PackCall pack_call(const Tensor& weight, const Tensor& scales, int64_t group_size, int64_t num_bits);
+UnpackCall unpack_call(const Tensor& weight_packed, int64_t size_n, int64_t size_k, int64_t num_bits);
+
+// Throws the message of a fault, if there is one.
+void expect_packed(const PackStatus& status, int num_bits);
+void expect_unpacked(const PackStatus& status, int num_bits);
+
+}  // namespace sparse_marlin

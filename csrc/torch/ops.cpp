@@ -1,0 +1,62 @@
+// The operators' schemas and their CPU implementations. CUDA: ops_cuda.cpp, or ops_no_cuda.cpp in a build without it.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "cpu/gemm_cpu.h"
+#include "torch/arguments.h"
+
+namespace sparse_marlin {
+namespace {
+
+void on_torch_threads(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+  torch::stable::parallel_for(0, count, grain, body);
+}
+
+Tensor pack_cpu_op(const Tensor& weight, const Tensor& scales, int64_t group_size, int64_t num_bits) {
+  const PackCall call = pack_call(weight, scales, group_size, num_bits);
+  expect_packed(pack_cpu(call.params, on_torch_threads), call.params.num_bits);
+  return call.packed;
+}
+
+Tensor unpack_cpu_op(const Tensor& weight_packed, int64_t size_n, int64_t size_k, int64_t num_bits) {
+  const UnpackCall call = unpack_call(weight_packed, size_n, size_k, num_bits);
+  expect_unpacked(unpack_cpu(call.params, on_torch_threads), call.params.num_bits);
+  return call.codes;
+}
+
+Tensor gemm_cpu_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, int64_t group_size,
+                   int64_t num_bits, const std::optional<Tensor>& bias) {
+  const GemmCall call = gemm_call(a, weight_packed, scales, group_size, num_bits, bias);
+  if (call.problem.m > 0) gemm_cpu(call.problem, call.params, on_torch_threads);
+  return call.out;
+}
+
+std::string cpu_isa_op() { return cpu_isa_name(cpu_isa_best()); }
+
+}  // namespace
+}  // namespace sparse_marlin
+
+STABLE_TORCH_LIBRARY(sparse_marlin, m) {
+  m.def("pack_24_weights(Tensor weight, Tensor scales, int group_size=128, int num_bits=4) -> Tensor");
+  m.def("unpack_24_weights(Tensor weight_packed, int size_n, int size_k, int num_bits=4) -> Tensor");
+  m.def(
+      "sparse_marlin_gemm(Tensor a, Tensor weight_packed, Tensor scales, int group_size=128, int num_bits=4, "
+      "Tensor? bias=None) -> Tensor");
+  // Not part of the contract: the same multiplication with the tile and the number of splits given, for tests and for
+  // tuning.
+  m.def(
+      "_sparse_marlin_gemm_tile(Tensor a, Tensor weight_packed, Tensor scales, int group_size, int num_bits, Tensor? "
+      "bias, "
+      "int tile, int splits) -> Tensor");
+  m.def("_cpu_isa() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_marlin, CPU, m) {
+  m.impl("pack_24_weights", TORCH_BOX(&sparse_marlin::pack_cpu_op));
+  m.impl("unpack_24_weights", TORCH_BOX(&sparse_marlin::unpack_cpu_op));
+  m.impl("sparse_marlin_gemm", TORCH_BOX(&sparse_marlin::gemm_cpu_op));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_marlin, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_isa", TORCH_BOX(&sparse_marlin::cpu_isa_op));
+}

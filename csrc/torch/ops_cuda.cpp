@@ -1,0 +1,108 @@
+// The operators' CUDA implementations: device guard, current stream, workspace from the caching allocator, plan,
+// launch.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <stdexcept>
+
+#include "launch/launch.h"
+#include "torch/arguments.h"
+
+namespace sparse_marlin {
+namespace {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::stable::accelerator::DeviceGuard;
+
+void* current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return stream;
+}
+
+// Device memory of one element count, from torch's caching allocator: freed to it when the handle dies, which is safe
+// because work of this stream that follows runs after ours.
+Tensor device_buffer(const Tensor& like, int64_t count, ScalarType type) {
+  return torch::stable::new_empty(like, IntHeaderOnlyArrayRef(&count, 1), type);
+}
+
+uint64_t* fault_slot_of(const Tensor& slot) { return static_cast<uint64_t*>(slot.mutable_data_ptr()); }
+
+void expect_no_error(const char* op, const std::string& error) {
+  if (!error.empty()) throw std::runtime_error(std::string(op) + ": " + error);
+}
+
+Tensor pack_cuda_op(const Tensor& weight, const Tensor& scales, int64_t group_size, int64_t num_bits) {
+  const PackCall call = pack_call(weight, scales, group_size, num_bits);
+  const DeviceGuard guard(call.packed.get_device_index());
+  const Tensor slot = device_buffer(weight, 1, ScalarType::Long);
+  std::string error;
+  const PackStatus status = pack_cuda(call.params, fault_slot_of(slot), current_stream(weight), &error);
+  expect_no_error(kPackOp, error);
+  expect_packed(status, call.params.num_bits);
+  return call.packed;
+}
+
+Tensor unpack_cuda_op(const Tensor& weight_packed, int64_t size_n, int64_t size_k, int64_t num_bits) {
+  const UnpackCall call = unpack_call(weight_packed, size_n, size_k, num_bits);
+  const DeviceGuard guard(call.codes.get_device_index());
+  const Tensor slot = device_buffer(weight_packed, 1, ScalarType::Long);
+  std::string error;
+  const PackStatus status = unpack_cuda(call.params, fault_slot_of(slot), current_stream(weight_packed), &error);
+  expect_no_error(kUnpackOp, error);
+  expect_unpacked(status, call.params.num_bits);
+  return call.codes;
+}
+
+// `choose` makes the plan from the problem and the device.
+template <class Choose>
+Tensor run_gemm(GemmCall call, int32_t device_index, const Choose& choose) {
+  Plan plan;
+  try {
+    const Device& device = device_properties(device_index);
+    // Said before the early return, so that an unsupported GPU is not discovered by the first non-empty batch.
+    const std::string reason = why_unsupported(call.problem, device);
+    if (!reason.empty()) throw std::invalid_argument(reason);
+    if (call.problem.m == 0) return call.out;
+    plan = choose(call.problem, device);
+  } catch (const std::exception& error) {
+    throw std::runtime_error(std::string(kGemmOp) + ": a: " + error.what());
+  }
+  std::optional<Tensor> workspace;
+  if (plan.workspace_bytes > 0) {
+    const int64_t floats =
+        (plan.workspace_bytes + static_cast<int64_t>(sizeof(float)) - 1) / static_cast<int64_t>(sizeof(float));
+    workspace = device_buffer(call.out, floats, ScalarType::Float);
+    call.params.workspace = static_cast<float*>(workspace->mutable_data_ptr());
+  }
+  expect_no_error(kGemmOp, launch(call.problem, plan, call.params, current_stream(call.out)));
+  return call.out;
+}
+
+Tensor gemm_cuda_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, int64_t group_size,
+                    int64_t num_bits, const std::optional<Tensor>& bias) {
+  const GemmCall call = gemm_call(a, weight_packed, scales, group_size, num_bits, bias);
+  const DeviceGuard guard(call.out.get_device_index());
+  return run_gemm(call, call.out.get_device_index(),
+                  [](const Problem& problem, const Device& device) { return plan(problem, device); });
+}
+
+Tensor gemm_tile_cuda_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, int64_t group_size,
+                         int64_t num_bits, const std::optional<Tensor>& bias, int64_t tile, int64_t splits) {
+  const GemmCall call = gemm_call(a, weight_packed, scales, group_size, num_bits, bias);
+  const DeviceGuard guard(call.out.get_device_index());
+  return run_gemm(call, call.out.get_device_index(), [=](const Problem& problem, const Device& device) {
+    return plan_with_tile(problem, device, static_cast<int>(tile), static_cast<int>(splits));
+  });
+}
+
+}  // namespace
+}  // namespace sparse_marlin
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_marlin, CUDA, m) {
+  m.impl("pack_24_weights", TORCH_BOX(&sparse_marlin::pack_cuda_op));
+  m.impl("unpack_24_weights", TORCH_BOX(&sparse_marlin::unpack_cuda_op));
+  m.impl("sparse_marlin_gemm", TORCH_BOX(&sparse_marlin::gemm_cuda_op));
+  m.impl("_sparse_marlin_gemm_tile", TORCH_BOX(&sparse_marlin::gemm_tile_cuda_op));
+}

@@ -1,0 +1,38 @@
+// What the operators answer to CUDA tensors in a build without CUDA. Compiled instead of ops_cuda.cpp.
+#include <torch/csrc/stable/library.h>
+
+#include "torch/arguments.h"
+
+namespace sparse_marlin {
+namespace {
+
+// Of the arguments, one or more are on a GPU: that is why the dispatcher came here.
+[[noreturn]] void no_cuda(std::initializer_list<Arg> args) {
+  const Arg* found = args.begin();
+  for (const Arg& arg : args)
+    if (arg.tensor.is_cuda()) found = &arg;
+  fail(found->op, found->name, "a CPU tensor, since this sparse_marlin was built without CUDA",
+       "one on " + device_text(found->tensor),
+       "rebuild where nvcc and a CUDA build of torch are installed (pip install --no-build-isolation .), or move the "
+       "tensors with .cpu()");
+}
+
+Tensor pack_no_cuda(const Tensor& weight, const Tensor& scales, int64_t, int64_t) {
+  no_cuda({{kPackOp, "scales", scales}, {kPackOp, "weight", weight}});
+}
+Tensor unpack_no_cuda(const Tensor& packed, int64_t, int64_t, int64_t) {
+  no_cuda({{kUnpackOp, "weight_packed", packed}});
+}
+Tensor gemm_no_cuda(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, int64_t, int64_t,
+                    const std::optional<Tensor>&) {
+  no_cuda({{kGemmOp, "scales", scales}, {kGemmOp, "weight_packed", weight_packed}, {kGemmOp, "a", a}});
+}
+
+}  // namespace
+}  // namespace sparse_marlin
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_marlin, CUDA, m) {
+  m.impl("pack_24_weights", TORCH_BOX(&sparse_marlin::pack_no_cuda));
+  m.impl("unpack_24_weights", TORCH_BOX(&sparse_marlin::unpack_no_cuda));
+  m.impl("sparse_marlin_gemm", TORCH_BOX(&sparse_marlin::gemm_no_cuda));
+}

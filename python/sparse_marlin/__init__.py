@@ -1,0 +1,24 @@
+"""FP16/BF16 activations times INT4/INT8 weights with 2:4 sparsity, on CUDA and on the CPU.
+
+`import sparse_marlin` registers the operators under `torch.ops.sparse_marlin`; `__all__` is the public API.
+"""
+
+# The operators are loaded first: the modules below use them.
+from . import _extension  # noqa: F401, I001
+from ._version import __version__
+from .info import info
+from .linear import SparseMarlinLinear
+from .ops import pack_24_weights, sparse_marlin_gemm, unpack_24_weights
+from .replace import replace_linears
+from .report import ConversionReport
+
+__all__ = [
+    "ConversionReport",
+    "SparseMarlinLinear",
+    "__version__",
+    "info",
+    "pack_24_weights",
+    "replace_linears",
+    "sparse_marlin_gemm",
+    "unpack_24_weights",
+]

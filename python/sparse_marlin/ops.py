@@ -1,0 +1,189 @@
+"""The three operators with types and documentation, and what Python registers for them: fake kernels, gradient, autocast.
+
+The operators themselves are C++ (`torch.ops.sparse_marlin`). Notation: M tokens, N out features, K in features, G groups along K.
+Argument errors are `RuntimeError`s of the form `op: argument: expected ..., got ...`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._extension import _core
+
+__all__ = ["dequantize_24", "pack_24_weights", "sparse_marlin_gemm", "unpack_24_weights"]
+
+_ops = torch.ops.sparse_marlin
+
+
+def pack_24_weights(weight: Tensor, scales: Tensor, group_size: int = 128, num_bits: int = 4) -> Tensor:
+    """Pack a 2:4-sparse weight into one int32 stream of codes and metadata.
+
+    Args:
+        weight: `[N, K]`, at most two non-zero values in every four consecutive columns. int8: the signed codes themselves.
+            float32, float16, bfloat16: dequantized values, the code is `round(w / scale)`.
+        scales: `[G, N]` float32, float16 or bfloat16, finite and > 0. For int8 weights they are only checked.
+        group_size: columns that share a scale: 32, 64, 128, 256, or -1 for one group a row.
+        num_bits: 4 (codes -8..7) or 8 (codes -128..127).
+
+    Returns:
+        int32, 2-D, on the device of `weight`: rows of tiles along N, words along K.
+
+    Raises:
+        RuntimeError: wrong dtype, shape or device; a weight that is not 2:4, a code out of range, a value that is not finite
+            (with its row and column); a bad scale (with its group and feature); K not divisible by 4.
+    """
+    return _ops.pack_24_weights(weight, scales, group_size, num_bits)
+
+
+def unpack_24_weights(weight_packed: Tensor, size_n: int, size_k: int, num_bits: int = 4) -> Tensor:
+    """The int8 codes `[size_n, size_k]` that were packed, zeros included.
+
+    Raises:
+        RuntimeError: `weight_packed` is not of the shape that N, K and `num_bits` give, or its metadata is corrupted (with the
+            row and column).
+    """
+    return _ops.unpack_24_weights(weight_packed, size_n, size_k, num_bits)
+
+
+def sparse_marlin_gemm(
+    a: Tensor,
+    weight_packed: Tensor,
+    scales: Tensor,
+    group_size: int = 128,
+    num_bits: int = 4,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`a @ weight.T + bias`, accumulated in float32 and rounded once; bitwise the same from run to run.
+
+    Args:
+        a: `[..., K]`, any leading dimensions, M may be 0. CUDA: float16 or bfloat16; CPU: also float32.
+        weight_packed: from `pack_24_weights`; a slice of it along either dimension at tile boundaries is used in place.
+        scales: `[G, N]`, dtype of `a`.
+        group_size, num_bits: as packed.
+        bias: `[N]`, dtype of `a`, or None.
+
+    Returns:
+        `[..., N]`, dtype and device of `a`. Differentiable with respect to `a` and `bias`; the packed weight is frozen.
+        Under `torch.autocast` the floating-point arguments are cast to its dtype first, as for `torch.nn.functional.linear`;
+        outside of it a dtype mismatch is an error.
+
+    Raises:
+        RuntimeError: wrong dtype, shape or device of an argument, unsupported `group_size` or `num_bits`, a GPU below
+            compute capability 8.0.
+    """
+    return _ops.sparse_marlin_gemm(a, weight_packed, scales, group_size, num_bits, bias)
+
+
+def dequantize_24(
+    weight_packed: Tensor, scales: Tensor, size_k: int, group_size: int = 128, num_bits: int = 4
+) -> Tensor:
+    """The dense weight `[N, size_k]` in the dtype of `scales`: code times scale."""
+    codes = unpack_24_weights(weight_packed, scales.shape[1], size_k, num_bits)
+    step = size_k if group_size == _core.CHANNELWISE else group_size
+    return codes.to(scales.dtype) * scales.t().repeat_interleave(step, dim=1)[:, :size_k]
+
+
+# --- fake kernels: shapes only; the real kernels check ------------------------------------------------------------------------
+
+
+@torch.library.register_fake("sparse_marlin::pack_24_weights")
+def _(weight: Tensor, scales: Tensor, group_size: int = 128, num_bits: int = 4) -> Tensor:
+    torch._check(weight.dim() == 2, lambda: f"pack_24_weights: weight: expected [N, K], got {list(weight.shape)}")
+    return weight.new_empty(_core.packed_shape(weight.shape[0], weight.shape[1], num_bits), dtype=torch.int32)
+
+
+@torch.library.register_fake("sparse_marlin::unpack_24_weights")
+def _(weight_packed: Tensor, size_n: int, size_k: int, num_bits: int = 4) -> Tensor:
+    return weight_packed.new_empty((size_n, size_k), dtype=torch.int8)
+
+
+def _gemm_shape(a: Tensor, scales: Tensor) -> tuple[int, ...]:
+    torch._check(a.dim() >= 1, lambda: "sparse_marlin_gemm: a: expected [..., K], got a scalar")
+    torch._check(scales.dim() == 2, lambda: f"sparse_marlin_gemm: scales: expected [G, N], got {list(scales.shape)}")
+    return (*a.shape[:-1], scales.shape[1])
+
+
+@torch.library.register_fake("sparse_marlin::sparse_marlin_gemm")
+def _(
+    a: Tensor,
+    weight_packed: Tensor,
+    scales: Tensor,
+    group_size: int = 128,
+    num_bits: int = 4,
+    bias: Tensor | None = None,
+) -> Tensor:
+    return a.new_empty(_gemm_shape(a, scales))
+
+
+@torch.library.register_fake("sparse_marlin::_sparse_marlin_gemm_tile")
+def _(
+    a: Tensor,
+    weight_packed: Tensor,
+    scales: Tensor,
+    group_size: int,
+    num_bits: int,
+    bias: Tensor | None,
+    tile: int,
+    splits: int,
+) -> Tensor:
+    return a.new_empty(_gemm_shape(a, scales))
+
+
+# --- gradient -----------------------------------------------------------------------------------------------------------------
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, weight_packed, scales, group_size, num_bits, _ = inputs
+    ctx.save_for_backward(weight_packed, scales)
+    ctx.size_k, ctx.group_size, ctx.num_bits = a.shape[-1], group_size, num_bits
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    weight_packed, scales = ctx.saved_tensors
+    grad_a = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        # Dequantized for the moment of this product and not kept: the memory of one layer.
+        grad_a = grad_out @ dequantize_24(weight_packed, scales, ctx.size_k, ctx.group_size, ctx.num_bits)
+    if ctx.needs_input_grad[5]:
+        leading = list(range(grad_out.dim() - 1))
+        total = grad_out.float().sum(leading) if leading else grad_out.float()
+        grad_bias = total.to(grad_out.dtype)
+    return grad_a, None, None, None, None, grad_bias
+
+
+torch.library.register_autograd("sparse_marlin::sparse_marlin_gemm", _backward, setup_context=_save_for_backward)
+
+
+# --- autocast -----------------------------------------------------------------------------------------------------------------
+# torch.library.register_autocast fixes the dtype at registration; F.linear follows the dtype of the autocast region, and so do we.
+
+_library = torch.library.Library("sparse_marlin", "IMPL")
+
+
+def _autocast_kernel(device_type: str, key: str) -> None:
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if tensor is not None and eligible else tensor
+
+    def kernel(
+        a: Tensor,
+        weight_packed: Tensor,
+        scales: Tensor,
+        group_size: int = 128,
+        num_bits: int = 4,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return _ops.sparse_marlin_gemm(
+                cast(a, dtype), weight_packed, cast(scales, dtype), group_size, num_bits, cast(bias, dtype)
+            )
+
+    _library.impl("sparse_marlin_gemm", kernel, key)
+
+
+_autocast_kernel("cpu", "AutocastCPU")
+_autocast_kernel("cuda", "AutocastCUDA")
