@@ -64,7 +64,7 @@ constexpr std::array<uint32_t, slice_words(kBits)> kEmptySlice = make_empty_slic
 
 // The type in which a quad's values are judged: codes as they are, floats in float32.
 struct CodeReader {
-  using Value = int8_t;
+  using Value = int;
   static Value read(const void* weight, int64_t index) { return static_cast<const int8_t*>(weight)[index]; }
 };
 template <DType kType>

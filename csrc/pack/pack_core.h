@@ -59,10 +59,9 @@ struct Code {
   PackFault fault;
 };
 
-SPARSE_MARLIN_HD inline Code code_of(int8_t code, float /*scale*/, int num_bits) {
-  const int c = code;
-  const bool fits = c >= format::code_min(num_bits) && c <= format::code_max(num_bits);
-  return {fits ? c : 0, fits ? PackFault::kNone : PackFault::kCodeRange};
+SPARSE_MARLIN_HD inline Code code_of(int code, float /*scale*/, int num_bits) {
+  const bool fits = code >= format::code_min(num_bits) && code <= format::code_max(num_bits);
+  return {fits ? code : 0, fits ? PackFault::kNone : PackFault::kCodeRange};
 }
 
 // The nearest code, ties to even. Half a step outside the range still belongs to the outermost code.
@@ -107,7 +106,7 @@ SPARSE_MARLIN_HD constexpr StoredQuad empty_quad(int num_bits) {
   return {format::encode(0, num_bits), format::encode(0, num_bits), canonical_nibble(0), kNoFault};
 }
 
-// The quad that starts at (row, col). Value is int8_t (codes) or float (dequantized values, divided by `scale`). Two or
+// The quad that starts at (row, col). Value is int (codes) or float (dequantized values, divided by `scale`). Two or
 // fewer values must be non-zero before rounding: dropping a third that rounds to code 0 would hide an error of the
 // caller. Which positions are kept follows from the non-zero codes, so floats pack to the bytes of their codes.
 template <class Value>
