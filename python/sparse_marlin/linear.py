@@ -1,0 +1,238 @@
+"""SparseMarlinLinear: a linear layer whose weight is stored as 2:4-sparse codes and multiplied straight from them.
+
+The layer holds the packed bytes and the scales as buffers; what the bytes mean is the operators' business, so no size of the
+packed format appears here (shapes are asked of `_core`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._extension import _core
+from .quantize import CHANNELWISE, QUAD, SCALE_DTYPES, QuantizedWeight, dequantize_codes, quantize_weight_only
+
+
+class SparseMarlinLinear(nn.Module):
+    """`y = x @ W.T + bias` with `W` [out_features, in_features] in 2:4-sparse codes of `num_bits` bits.
+
+    Buffers: `weight_packed` (int32) and `scales` [G, out_features], one scale for every `group_size` input features
+    (-1: one for a whole row). `.to(dtype)` moves the scales and the bias, never the codes. The weight is frozen; gradients
+    reach the input and the bias. A fresh layer has codes 0 and scales 1.
+    """
+
+    __constants__ = ["in_features", "out_features", "group_size", "num_bits"]
+    _version = _core.FORMAT_VERSION  # nn.Module writes it to the metadata of every state_dict
+
+    in_features: int
+    out_features: int
+    group_size: int
+    num_bits: int
+    weight_packed: torch.Tensor
+    scales: torch.Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        group_size: int = 128,
+        num_bits: int = 4,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dtype = dtype or torch.get_default_dtype()
+        _check_geometry(type(self).__name__, in_features, out_features, group_size, num_bits)
+        if dtype not in SCALE_DTYPES:
+            raise TypeError(
+                f"{type(self).__name__}: dtype: expected torch.float32, torch.float16 or torch.bfloat16, got {dtype}"
+            )
+        self.in_features, self.out_features = int(in_features), int(out_features)
+        self.group_size, self.num_bits = int(group_size), int(num_bits)
+        packed_shape = tuple(_core.packed_shape(self.out_features, self.in_features, self.num_bits))
+        scales_shape = tuple(_core.scales_shape(self.out_features, self.in_features, self.group_size))
+        self.register_buffer("weight_packed", torch.empty(packed_shape, dtype=torch.int32, device=device))
+        self.register_buffer("scales", torch.empty(scales_shape, dtype=dtype, device=device))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Codes 0, scales 1, bias 0: a valid layer, also after `to_empty()`. On the meta device there is nothing to do."""
+        if self.weight_packed.is_meta:
+            return
+        with torch.no_grad():
+            self.scales.fill_(1)
+            zeros = torch.zeros((self.out_features, self.in_features), dtype=torch.int8, device=self.scales.device)
+            self.weight_packed.copy_(
+                torch.ops.sparse_marlin.pack_24_weights(zeros, self.scales, self.group_size, self.num_bits)
+            )
+            if self.bias is not None:
+                self.bias.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.sparse_marlin.sparse_marlin_gemm(
+            x, self.weight_packed, self.scales, self.group_size, self.num_bits, self.bias
+        )
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, group_size: int = 128, num_bits: int = 4) -> SparseMarlinLinear:
+        """Weight-only conversion: the two largest of every four weights stay, their scales minimize the squared error."""
+        name = f"{cls.__name__}.from_linear"
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"{name}: linear: expected torch.nn.Linear, got {type(linear).__name__}")
+        weight = linear.weight.detach()
+        if weight.dtype not in SCALE_DTYPES:
+            raise TypeError(
+                f"{name}: linear.weight: expected float32, float16 or bfloat16, got {weight.dtype}; "
+                "convert it with linear.to(dtype) first"
+            )
+        if weight.is_meta:
+            raise ValueError(f"{name}: linear.weight: expected a tensor with data, got one on the meta device")
+        _check_geometry(name, linear.in_features, linear.out_features, group_size, num_bits)
+        quantized = quantize_weight_only(weight, group_size=group_size, num_bits=num_bits, name=name)
+        return cls._from_quantized(quantized, linear.bias).train(linear.training)
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        group_size: int = 128,
+        num_bits: int = 4,
+    ) -> SparseMarlinLinear:
+        """A layer from signed codes int8 [N, K], 2:4 along K, and scales [G, N]."""
+        name = f"{cls.__name__}.from_codes"
+        if codes.dim() != 2 or codes.dtype != torch.int8:
+            raise TypeError(f"{name}: codes: expected int8 [N, K], got {codes.dtype} {list(codes.shape)}")
+        size_n, size_k = codes.shape
+        _check_geometry(name, size_k, size_n, group_size, num_bits)
+        expected = list(_core.scales_shape(size_n, size_k, group_size))
+        if list(scales.shape) != expected or scales.dtype not in SCALE_DTYPES:
+            raise ValueError(
+                f"{name}: scales: expected {expected} in float32, float16 or bfloat16 (group_size {group_size}), "
+                f"got {list(scales.shape)} in {scales.dtype}"
+            )
+        if bias is not None and list(bias.shape) != [size_n]:
+            raise ValueError(f"{name}: bias: expected [{size_n}], got {list(bias.shape)}")
+        return cls._from_quantized(QuantizedWeight(codes, scales, group_size, num_bits), bias)
+
+    @classmethod
+    def _from_quantized(cls, quantized: QuantizedWeight, bias: torch.Tensor | None) -> SparseMarlinLinear:
+        size_n, size_k = quantized.codes.shape
+        scales = quantized.scales.detach()
+        layer = cls(
+            size_k,
+            size_n,
+            bias=False,
+            group_size=quantized.group_size,
+            num_bits=quantized.num_bits,
+            device="meta",
+            dtype=scales.dtype,
+        )
+        layer.weight_packed = torch.ops.sparse_marlin.pack_24_weights(
+            quantized.codes, scales, quantized.group_size, quantized.num_bits
+        )
+        layer.scales = scales.clone()
+        if bias is not None:
+            moved = bias.detach().to(device=scales.device, dtype=scales.dtype, copy=True)
+            layer.bias = nn.Parameter(moved, requires_grad=bias.requires_grad)
+        return layer
+
+    def codes(self) -> torch.Tensor:
+        """The signed codes, int8 [out_features, in_features]."""
+        return torch.ops.sparse_marlin.unpack_24_weights(
+            self.weight_packed, self.out_features, self.in_features, self.num_bits
+        )
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight [out_features, in_features] in the dtype of the scales."""
+        return dequantize_codes(self.codes(), self.scales, self.group_size)
+
+    def to_linear(self) -> nn.Linear:
+        """The dense twin: an nn.Linear with the dequantized weight."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.dequantize(), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"group_size={self.group_size}, num_bits={self.num_bits}"
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        problem = self._loading_problem(state_dict, prefix, local_metadata)
+        if problem:
+            error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {problem}")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _loading_problem(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> str | None:
+        """What makes these tensors unfit for this layer, or None. A wrong dtype or shape would otherwise be copied or only
+        show as a size mismatch, and a non-finite scale as nonsense text much later."""
+        version = local_metadata.get("version", self._version)
+        if version != self._version:
+            return (
+                f"weight_packed: expected packed format version {self._version}, got version {version}; "
+                "save the model again with a matching sparse_marlin"
+            )
+        if prefix + "weight" in state_dict and prefix + "weight_packed" not in state_dict:
+            return (
+                "weight_packed: expected packed codes, got a dense 'weight'; load it into torch.nn.Linear and convert "
+                "that with SparseMarlinLinear.from_linear"
+            )
+        settings = f"out_features={self.out_features}, in_features={self.in_features}, "
+        settings += f"group_size={self.group_size}, num_bits={self.num_bits}"
+        packed, scales = state_dict.get(prefix + "weight_packed"), state_dict.get(prefix + "scales")
+        if packed is not None and (packed.dtype != torch.int32 or packed.shape != self.weight_packed.shape):
+            return (
+                f"weight_packed: expected int32 {list(self.weight_packed.shape)} for {settings}, "
+                f"got {str(packed.dtype).removeprefix('torch.')} {list(packed.shape)}"
+            )
+        if scales is not None and (scales.dtype not in SCALE_DTYPES or scales.shape != self.scales.shape):
+            return (
+                f"scales: expected a floating type {list(self.scales.shape)} for {settings}, "
+                f"got {str(scales.dtype).removeprefix('torch.')} {list(scales.shape)}"
+            )
+        if scales is not None and not scales.is_meta and not bool((torch.isfinite(scales) & (scales > 0)).all()):
+            return "scales: expected finite values > 0, got NaN, infinity, zero or less; the checkpoint is damaged"
+        return None
+
+
+def _check_geometry(name: str, in_features: int, out_features: int, group_size: int, num_bits: int) -> None:
+    if out_features < 1:
+        raise ValueError(f"{name}: out_features: expected at least 1, got {out_features}")
+    if in_features < QUAD or in_features % QUAD:
+        raise ValueError(
+            f"{name}: in_features: expected a positive multiple of {QUAD} (2:4 sparsity), got {in_features}; "
+            "leave this layer dense"
+        )
+    allowed = sorted(_core.GROUP_SIZES)
+    if group_size not in allowed:
+        raise ValueError(
+            f"{name}: group_size: expected one of {allowed} ({CHANNELWISE}: one group a row), got {group_size}"
+        )
+    if num_bits not in _core.NUM_BITS:
+        raise ValueError(f"{name}: num_bits: expected one of {sorted(_core.NUM_BITS)}, got {num_bits}")
