@@ -1,6 +1,7 @@
-"""Builds the two extensions: _C (operators, LibTorch stable ABI) and _core (pybind11: planner, explain, format; no torch).
+"""Builds the two extensions: _C (operators, LibTorch stable ABI) and _core (pybind11: planner, explain, format).
 
-Environment: TORCH_CUDA_ARCH_LIST (architectures, e.g. "8.0;9.0a;12.0+PTX"), SPARSE_MARLIN_CPU_ONLY=1 (no CUDA code), MAX_JOBS.
+Environment: TORCH_CUDA_ARCH_LIST (architectures, e.g. "8.0;9.0a;12.0+PTX"), SPARSE_MARLIN_CPU_ONLY=1 (no CUDA code),
+MAX_JOBS (parallel compilers).
 Needs no GPU and no network. Everything else about the package is in pyproject.toml.
 """
 

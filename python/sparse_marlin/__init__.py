@@ -4,7 +4,7 @@
 """
 
 # The operators are loaded first: the modules below use them.
-from . import _extension  # noqa: F401, I001
+from . import _extension  # noqa: F401
 from ._version import __version__
 from .info import info
 from .linear import SparseMarlinLinear

@@ -26,7 +26,8 @@ def load() -> str:
         torch.ops.load_library(path)
     except OSError as error:
         raise ImportError(
-            f"sparse_marlin: _C: expected {path} to load, got: {error} ({_versions()}; torch >= 2.10 is needed); {_REMEDY}"
+            f"sparse_marlin: _C: expected {path} to load, got: {error} "
+            f"({_versions()}; torch >= 2.10 is needed); {_REMEDY}"
         ) from error
     return path
 
@@ -37,7 +38,8 @@ try:
     from . import _core
 except ImportError as error:
     raise ImportError(
-        f"sparse_marlin: _core: expected the compiled core for this Python in {_FOLDER}, got: {error} ({_versions()}); {_REMEDY}"
+        f"sparse_marlin: _core: expected the compiled core for this Python in {_FOLDER}, got: {error} "
+        f"({_versions()}); {_REMEDY}"
     ) from error
 
 __all__ = ["LIBRARY", "_core"]

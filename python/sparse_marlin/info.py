@@ -61,16 +61,17 @@ def planner_device(index: int = 0) -> _core.Device:
     return _core.Device(
         compute_capability=10 * found.major + found.minor,
         num_sms=found.multi_processor_count,
-        smem_per_block=found.shared_memory_per_block_optin,
+        smem_per_block=found.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         smem_per_sm=found.shared_memory_per_multiprocessor,
         l2_bytes=found.L2_cache_size,
     )
 
 
 def compiled_code_for(capability: tuple[int, int], architectures: tuple[str, ...]) -> str:
-    """Which of the compiled architectures a GPU of this compute capability loads: native code first, then PTX; or "".
+    """Which of the compiled architectures a GPU loads: native code first, then PTX; "" where there is none.
 
-    Native code runs on the same major version from its own minor upward; an "a" variant on exactly its own; PTX on all later.
+    Native code runs on the same major version from its own minor upward; an "a" variant on exactly its own; PTX on all
+    later ones.
     """
     number = 10 * capability[0] + capability[1]
     exact = f"sm_{number}a"
@@ -96,7 +97,7 @@ def _gpu(index: int, architectures: tuple[str, ...]) -> GpuInfo:
 
 
 def info() -> Info:
-    """Versions, the architectures compiled in, the CPU's instruction set, and every GPU with whether it can run and why not.
+    """Versions, the architectures compiled in, the CPU's instruction set, and every GPU: can it run, and why not.
 
     `print(sparse_marlin.info())` is the text to attach to a bug report.
     """

@@ -1,6 +1,7 @@
-"""The three operators with types and documentation, and what Python registers for them: fake kernels, gradient, autocast.
+"""The three operators with types and documentation, and their fake kernels, gradient and autocast rule.
 
-The operators themselves are C++ (`torch.ops.sparse_marlin`). Notation: M tokens, N out features, K in features, G groups along K.
+The operators themselves are C++ (`torch.ops.sparse_marlin`). Notation: M tokens, N out features, K in features, G
+groups along K.
 Argument errors are `RuntimeError`s of the form `op: argument: expected ..., got ...`.
 """
 
@@ -20,7 +21,7 @@ def pack_24_weights(weight: Tensor, scales: Tensor, group_size: int = 128, num_b
     """Pack a 2:4-sparse weight into one int32 stream of codes and metadata.
 
     Args:
-        weight: `[N, K]`, at most two non-zero values in every four consecutive columns. int8: the signed codes themselves.
+        weight: `[N, K]`, at most two non-zero values in every four consecutive columns. int8: the signed codes.
             float32, float16, bfloat16: dequantized values, the code is `round(w / scale)`.
         scales: `[G, N]` float32, float16 or bfloat16, finite and > 0. For int8 weights they are only checked.
         group_size: columns that share a scale: 32, 64, 128, 256, or -1 for one group a row.
@@ -30,8 +31,8 @@ def pack_24_weights(weight: Tensor, scales: Tensor, group_size: int = 128, num_b
         int32, 2-D, on the device of `weight`: rows of tiles along N, words along K.
 
     Raises:
-        RuntimeError: wrong dtype, shape or device; a weight that is not 2:4, a code out of range, a value that is not finite
-            (with its row and column); a bad scale (with its group and feature); K not divisible by 4.
+        RuntimeError: wrong dtype, shape or device; a weight that is not 2:4, a code out of range or a value that is not
+            finite (with its row and column); a bad scale (with its group and feature); K not divisible by 4.
     """
     return _ops.pack_24_weights(weight, scales, group_size, num_bits)
 
@@ -40,8 +41,8 @@ def unpack_24_weights(weight_packed: Tensor, size_n: int, size_k: int, num_bits:
     """The int8 codes `[size_n, size_k]` that were packed, zeros included.
 
     Raises:
-        RuntimeError: `weight_packed` is not of the shape that N, K and `num_bits` give, or its metadata is corrupted (with the
-            row and column).
+        RuntimeError: `weight_packed` is not of the shape that N, K and `num_bits` give, or its metadata is corrupted
+            (with the row and column).
     """
     return _ops.unpack_24_weights(weight_packed, size_n, size_k, num_bits)
 
@@ -65,8 +66,8 @@ def sparse_marlin_gemm(
 
     Returns:
         `[..., N]`, dtype and device of `a`. Differentiable with respect to `a` and `bias`; the packed weight is frozen.
-        Under `torch.autocast` the floating-point arguments are cast to its dtype first, as for `torch.nn.functional.linear`;
-        outside of it a dtype mismatch is an error.
+        Under `torch.autocast` the floating-point arguments are cast to its dtype first, as those of
+        `torch.nn.functional.linear` are; outside of it a dtype mismatch is an error.
 
     Raises:
         RuntimeError: wrong dtype, shape or device of an argument, unsupported `group_size` or `num_bits`, a GPU below
@@ -84,7 +85,7 @@ def dequantize_24(
     return codes.to(scales.dtype) * scales.t().repeat_interleave(step, dim=1)[:, :size_k]
 
 
-# --- fake kernels: shapes only; the real kernels check ------------------------------------------------------------------------
+# --- fake kernels: shapes only; the real kernels check ----------------------------------------------------------------
 
 
 @torch.library.register_fake("sparse_marlin::pack_24_weights")
@@ -130,7 +131,7 @@ def _(
     return a.new_empty(_gemm_shape(a, scales))
 
 
-# --- gradient -----------------------------------------------------------------------------------------------------------------
+# --- gradient ---------------------------------------------------------------------------------------------------------
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -155,8 +156,8 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("sparse_marlin::sparse_marlin_gemm", _backward, setup_context=_save_for_backward)
 
 
-# --- autocast -----------------------------------------------------------------------------------------------------------------
-# torch.library.register_autocast fixes the dtype at registration; F.linear follows the dtype of the autocast region, and so do we.
+# --- autocast ---------------------------------------------------------------------------------------------------------
+# torch.library.register_autocast fixes the dtype at registration; F.linear follows the autocast region's, and so do we.
 
 _library = torch.library.Library("sparse_marlin", "IMPL")
 
