@@ -20,14 +20,17 @@ inline uint16_t float_to_bfloat16(float value) {
   return static_cast<uint16_t>(is_nan ? quiet : rounded);
 }
 
+// All three cases are computed and one is masked in: with a branch or a selection, loops over this stay scalar, since
+// the compiler will not do the multiplication of a case that was not asked for.
 inline float float16_to_float(uint16_t bits) {
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
   const uint32_t magnitude = bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  if (magnitude < 0x0400u) {  // zero or subnormal: units of 2^-24, exact
-    return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(static_cast<float>(magnitude) * 0x1p-24f));
-  }
-  return std::bit_cast<float>(sign | ((magnitude << 13) + ((127u - 15u) << 23)));
+  const uint32_t is_small = 0u - static_cast<uint32_t>(magnitude < 0x0400u);
+  const uint32_t is_special = 0u - static_cast<uint32_t>(magnitude >= 0x7c00u);
+  // Zero or subnormal: units of 2^-24, exact.
+  const auto small = std::bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  const uint32_t normal = ((magnitude << 13) + ((127u - 15u) << 23)) | (is_special & 0x7f800000u);
+  return std::bit_cast<float>(sign | (small & is_small) | (normal & ~is_small));
 }
 
 inline uint16_t float_to_float16(float value) {

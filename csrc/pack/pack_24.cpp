@@ -62,54 +62,69 @@ constexpr std::array<uint32_t, slice_words(kBits)> make_empty_slice() {
 template <int kBits>
 constexpr std::array<uint32_t, slice_words(kBits)> kEmptySlice = make_empty_slice<kBits>();
 
-// The type in which a quad's values are judged: codes as they are, floats in float32.
-struct CodeReader {
+// The type in which quads are judged, and how a step of a row is brought into it: codes as they are, floats in float32.
+struct Codes {
   using Value = int;
-  static Value read(const void* weight, int64_t index) { return static_cast<const int8_t*>(weight)[index]; }
+  static void widen(const void* weight, int64_t index, int count, int* to) {
+    for (int i = 0; i < count; ++i) to[i] = static_cast<const int8_t*>(weight)[index + i];
+  }
 };
 template <DType kType>
-struct FloatReader {
+struct Floats {
   using Value = float;
-  static Value read(const void* weight, int64_t index) { return load_float(weight, kType, index); }
+  static void widen(const void* weight, int64_t index, int count, float* to) {
+    if (count == kStepCols) {  // a constant length, which compilers turn into vector code
+      for (int i = 0; i < kStepCols; ++i) to[i] = load_float(weight, kType, index + i);
+    } else {
+      for (int i = 0; i < count; ++i) to[i] = load_float(weight, kType, index + i);
+    }
+  }
 };
 
 // Packs the slice whose first value is (row0, col0). Returns its first fault.
-template <class Reader>
+template <class Weight, int kBits>
 uint64_t pack_slice(const PackParams& p, int64_t row0, int64_t col0, uint32_t* words) {
-  const QuadPlaces& places = places_of(p.num_bits);
-  const uint32_t* empty = p.num_bits == 4 ? kEmptySlice<4>.data() : kEmptySlice<8>.data();
-  std::copy_n(empty, slice_words(p.num_bits), words);
-  const pack::StoredQuad padding = pack::empty_quad(p.num_bits);
+  std::copy(kEmptySlice<kBits>.begin(), kEmptySlice<kBits>.end(), words);
+  constexpr pack::StoredQuad kPadding = pack::empty_quad(kBits);
   const int rows = static_cast<int>(std::clamp<int64_t>(p.n - row0, 0, kSliceRows));
-  const int quads = static_cast<int>(std::clamp<int64_t>((p.k - col0) / kQuad, 0, kSliceQuads));
+  const int cols = static_cast<int>(std::clamp<int64_t>(p.k - col0, 0, kSliceCols));
   uint64_t fault = kNoFault;
   for (int r = 0; r < rows; ++r) {
     const int64_t row = row0 + r;
-    float scale = 1;
-    for (int q = 0; q < quads; ++q) {
-      const int64_t col = col0 + q * kQuad;
-      if (p.weight_type != WeightType::kCodes && q % kStepQuads == 0) {  // no group ends inside a step
-        scale = load_float(p.scales, p.scales_type, pack::group_of(col, p.group_size) * p.n + row);
+    for (int first_col = 0; first_col < cols; first_col += kStepCols) {
+      const int count = std::min(cols - first_col, kStepCols);
+      typename Weight::Value values[kStepCols];
+      Weight::widen(p.weight, row * p.k + col0 + first_col, count, values);
+      float scale = 1;
+      if (p.weight_type != WeightType::kCodes) {  // no group ends inside a step
+        scale = load_float(p.scales, p.scales_type, pack::group_of(col0 + first_col, p.group_size) * p.n + row);
       }
-      typename Reader::Value values[kQuad];
-      for (int i = 0; i < kQuad; ++i) values[i] = Reader::read(p.weight, row * p.k + col + i);
-      const pack::StoredQuad stored = pack::store_quad(values, scale, p.num_bits, row, col, p.k);
-      fault = pack::min_fault(fault, stored.fault);
-      const QuadPlace& place = places[r][q];
-      words[place.code_word] ^= (stored.first ^ padding.first) << place.first_shift | (stored.second ^ padding.second)
-                                                                                          << place.second_shift;
-      words[place.meta_word] ^= (stored.nibble ^ padding.nibble) << place.meta_shift;
+      for (int i = 0; i < count; i += kQuad) {
+        const int col = first_col + i;
+        const pack::StoredQuad stored = pack::store_quad(values + i, scale, kBits, row, col0 + col, p.k);
+        fault = pack::min_fault(fault, stored.fault);
+        const QuadPlace& place = kPlaces<kBits>[r][col / kQuad];
+        const uint32_t first = (stored.first ^ kPadding.first) << place.first_shift;
+        const uint32_t second = (stored.second ^ kPadding.second) << place.second_shift;
+        words[place.code_word] ^= first | second;
+        words[place.meta_word] ^= (stored.nibble ^ kPadding.nibble) << place.meta_shift;
+      }
     }
   }
   return fault;
 }
 
+template <class Weight>
+uint64_t pack_slice(const PackParams& p, int64_t row0, int64_t col0, uint32_t* words) {
+  return p.num_bits == 4 ? pack_slice<Weight, 4>(p, row0, col0, words) : pack_slice<Weight, 8>(p, row0, col0, words);
+}
+
 uint64_t pack_slice(const PackParams& p, int64_t row0, int64_t col0, uint32_t* words) {
   switch (p.weight_type) {
-    case WeightType::kCodes: return pack_slice<CodeReader>(p, row0, col0, words);
-    case WeightType::kFloat32: return pack_slice<FloatReader<DType::kFloat32>>(p, row0, col0, words);
-    case WeightType::kFloat16: return pack_slice<FloatReader<DType::kFloat16>>(p, row0, col0, words);
-    default: return pack_slice<FloatReader<DType::kBFloat16>>(p, row0, col0, words);
+    case WeightType::kCodes: return pack_slice<Codes>(p, row0, col0, words);
+    case WeightType::kFloat32: return pack_slice<Floats<DType::kFloat32>>(p, row0, col0, words);
+    case WeightType::kFloat16: return pack_slice<Floats<DType::kFloat16>>(p, row0, col0, words);
+    default: return pack_slice<Floats<DType::kBFloat16>>(p, row0, col0, words);
   }
 }
 
