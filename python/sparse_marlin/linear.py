@@ -1,12 +1,11 @@
 """SparseMarlinLinear: a linear layer whose weight is stored as 2:4-sparse codes and multiplied straight from them.
 
-The layer holds the packed bytes and the scales as buffers; what the bytes mean is the operators' business, so no size of the
-packed format appears here (shapes are asked of `_core`).
+The layer holds the packed bytes and the scales as buffers; what the bytes mean is the operators' business, so no size
+of the packed format appears here (shapes are asked of `_core`). TorchScript reads the annotations of this class, so
+they are types and not strings (no `from __future__ import annotations`).
 """
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -19,11 +18,11 @@ class SparseMarlinLinear(nn.Module):
     """`y = x @ W.T + bias` with `W` [out_features, in_features] in 2:4-sparse codes of `num_bits` bits.
 
     Buffers: `weight_packed` (int32) and `scales` [G, out_features], one scale for every `group_size` input features
-    (-1: one for a whole row). `.to(dtype)` moves the scales and the bias, never the codes. The weight is frozen; gradients
-    reach the input and the bias. A fresh layer has codes 0 and scales 1.
+    (-1: one for a whole row). `.to(dtype)` moves the scales and the bias, never the codes. The weight is frozen;
+    gradients reach the input and the bias. A fresh layer has codes 0 and scales 1.
     """
 
-    __constants__ = ["in_features", "out_features", "group_size", "num_bits"]
+    __constants__: ClassVar[list[str]] = ["in_features", "out_features", "group_size", "num_bits"]
     _version = _core.FORMAT_VERSION  # nn.Module writes it to the metadata of every state_dict
 
     in_features: int
@@ -64,7 +63,8 @@ class SparseMarlinLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Codes 0, scales 1, bias 0: a valid layer, also after `to_empty()`. On the meta device there is nothing to do."""
+        """Codes 0, scales 1, bias 0: a valid layer, also after `to_empty()`. On the meta device there is nothing to
+        do."""
         if self.weight_packed.is_meta:
             return
         with torch.no_grad():
@@ -77,13 +77,19 @@ class SparseMarlinLinear(nn.Module):
                 self.bias.zero_()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # The packed tensor knows K only up to its padding, so a wrong K can look right to the operator.
+        if x.size(-1) != self.in_features:
+            raise ValueError(
+                f"SparseMarlinLinear: x: expected [..., {self.in_features}] (in_features), got {list(x.shape)}"
+            )
         return torch.ops.sparse_marlin.sparse_marlin_gemm(
             x, self.weight_packed, self.scales, self.group_size, self.num_bits, self.bias
         )
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, group_size: int = 128, num_bits: int = 4) -> SparseMarlinLinear:
-        """Weight-only conversion: the two largest of every four weights stay, their scales minimize the squared error."""
+    def from_linear(cls, linear: nn.Linear, *, group_size: int = 128, num_bits: int = 4) -> "SparseMarlinLinear":
+        """Weight-only conversion: the two largest of every four weights stay, their scales minimize the squared
+        error."""
         name = f"{cls.__name__}.from_linear"
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"{name}: linear: expected torch.nn.Linear, got {type(linear).__name__}")
@@ -108,7 +114,7 @@ class SparseMarlinLinear(nn.Module):
         *,
         group_size: int = 128,
         num_bits: int = 4,
-    ) -> SparseMarlinLinear:
+    ) -> "SparseMarlinLinear":
         """A layer from signed codes int8 [N, K], 2:4 along K, and scales [G, N]."""
         name = f"{cls.__name__}.from_codes"
         if codes.dim() != 2 or codes.dtype != torch.int8:
@@ -126,7 +132,7 @@ class SparseMarlinLinear(nn.Module):
         return cls._from_quantized(QuantizedWeight(codes, scales, group_size, num_bits), bias)
 
     @classmethod
-    def _from_quantized(cls, quantized: QuantizedWeight, bias: torch.Tensor | None) -> SparseMarlinLinear:
+    def _from_quantized(cls, quantized: QuantizedWeight, bias: torch.Tensor | None) -> "SparseMarlinLinear":
         size_n, size_k = quantized.codes.shape
         scales = quantized.scales.detach()
         layer = cls(
@@ -190,8 +196,8 @@ class SparseMarlinLinear(nn.Module):
         )
 
     def _loading_problem(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> str | None:
-        """What makes these tensors unfit for this layer, or None. A wrong dtype or shape would otherwise be copied or only
-        show as a size mismatch, and a non-finite scale as nonsense text much later."""
+        """What makes these tensors unfit for this layer, or None. A wrong dtype or shape would otherwise be copied or
+        only show as a size mismatch, and a non-finite scale as nonsense text much later."""
         version = local_metadata.get("version", self._version)
         if version != self._version:
             return (

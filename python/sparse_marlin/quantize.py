@@ -1,7 +1,8 @@
 """Weight-only compression of one matrix: 2:4 pruning by magnitude, then codes and scales with the least squared error.
 
-This is the seam for better methods: whoever has a `QuantizedWeight` can make a layer of it (`SparseMarlinLinear.from_codes`),
-and `replace.convert_linears` takes any function from a linear layer to a `QuantizedWeight`. Nothing here packs anything.
+This is the seam for better methods: whoever has a `QuantizedWeight` can make a layer of it
+(`SparseMarlinLinear.from_codes`), and `replace.convert_linears` takes any function from a linear layer to a
+`QuantizedWeight`. Nothing here packs anything.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ KEPT_PER_QUAD = _core.KEPT_PER_QUAD
 CHANNELWISE = _core.CHANNELWISE  # group_size: one scale group for a whole row
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Candidates for a scale, as a fraction of the one that clips nothing. 4-bit codes gain from clipping (for normally distributed
-# weights the best fraction is near 0.8, heavy tails want less), 8-bit codes hardly do.
+# Candidates for a scale, as a fraction of the one that clips nothing. 4-bit codes gain from clipping (for normally
+# distributed weights the best fraction is near 0.8, heavy tails want less), 8-bit codes hardly do.
 _SHRINK = {4: (0.35, 1.0, 27), 8: (0.80, 1.0, 9)}
 _REFITS = 2  # least-squares refits after the grid: the third changes the error by less than 0.1 %
 # Values per pass. On a CPU a pass should stay in the last-level cache, on a GPU it should fill the device.
@@ -65,11 +66,13 @@ def dequantize_codes(codes: torch.Tensor, scales: torch.Tensor, group_size: int)
 def prune_24_magnitude(weight: torch.Tensor) -> torch.Tensor:
     """Mask, True where a weight stays: the two largest |w| of every four along K; of equal ones the lower index.
 
-    Ranks come from the six comparisons of a quad, so that the CPU and a GPU choose the same positions (a sort need not).
+    Ranks come from the six comparisons of a quad, so that the CPU and a GPU choose the same positions (a sort need
+    not).
     """
     if weight.dim() != 2 or weight.shape[1] % QUAD:
         raise ValueError(
-            f"prune_24_magnitude: weight: expected 2 dimensions with K divisible by {QUAD}, got shape {list(weight.shape)}"
+            f"prune_24_magnitude: weight: expected 2 dimensions with K divisible by {QUAD}, "
+            f"got shape {list(weight.shape)}"
         )
     quads = weight.detach().abs().unflatten(1, (-1, QUAD)).unbind(-1)
     beaten_by: list[torch.Tensor] = [torch.zeros_like(quads[0], dtype=torch.int8) for _ in range(QUAD)]
@@ -92,8 +95,8 @@ def quantize(
 ) -> QuantizedWeight:
     """Codes and scales for the weights that `mask` keeps, with the least squared error found for every (row, group).
 
-    A scale is rounded to `scale_dtype` (the weight's own if not given) before the codes are computed, so the codes fit the
-    scale that is stored. `name` opens the error messages.
+    A scale is rounded to `scale_dtype` (the weight's own if not given) before the codes are computed, so the codes fit
+    the scale that is stored. `name` opens the error messages.
     """
     scale_dtype = scale_dtype or weight.dtype
     if num_bits not in _SHRINK:
@@ -107,9 +110,7 @@ def quantize(
             f"{name}: weight: expected 2 dimensions with K divisible by {QUAD}, got shape {list(weight.shape)}"
         )
     if mask.shape != weight.shape or mask.dtype != torch.bool:
-        raise ValueError(
-            f"{name}: mask: expected bool {list(weight.shape)}, got {mask.dtype} {list(mask.shape)}"
-        )
+        raise ValueError(f"{name}: mask: expected bool {list(weight.shape)}, got {mask.dtype} {list(mask.shape)}")
     check_finite(weight, name)
     size_n, size_k = weight.shape
     width, groups = group_width(size_k, group_size), _core.num_groups(size_k, group_size)
@@ -156,14 +157,14 @@ def check_finite(weight: torch.Tensor, name: str) -> None:
     flat = int(torch.argmin(finite.flatten().to(torch.int8)))
     row, column = divmod(flat, weight.shape[1])
     raise ValueError(
-        f"{name}: weight: expected finite values, got {float(weight.detach()[row, column])} at row {row}, column {column}; "
-        "repair the checkpoint, or leave this layer dense"
+        f"{name}: weight: expected finite values, got {float(weight.detach()[row, column])} "
+        f"at row {row}, column {column}; repair the checkpoint, or leave this layer dense"
     )
 
 
 def _kept_by_group(values: torch.Tensor, width: int, groups: int) -> torch.Tensor:
-    """The masked weights [R, K] as [R, G, v]: pruned positions are dropped where the group allows it (they cost time and
-    their error is zero under any scale), a last partial group is filled with zeros."""
+    """The masked weights [R, K] as [R, G, v]: pruned positions are dropped where the group allows it (they cost time
+    and their error is zero under any scale), a last partial group is filled with zeros."""
     missing = groups * width - values.shape[1]
     if missing:
         values = torch.nn.functional.pad(values, (0, missing))
@@ -210,8 +211,8 @@ def _error(values: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> to
 def _storable(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`scale` rounded to `dtype`, held inside its positive finite values.
 
-    float16 reaches down to its smallest subnormal, which hardware multiplies at full speed; float32 and bfloat16 stop at the
-    smallest normal, since a subnormal there may be flushed to zero.
+    float16 reaches down to its smallest subnormal, which hardware multiplies at full speed; float32 and bfloat16 stop
+    at the smallest normal, since a subnormal there may be flushed to zero.
     """
     info = torch.finfo(dtype)
     floor = info.smallest_normal * info.eps if dtype == torch.float16 else info.smallest_normal

@@ -1,8 +1,8 @@
 """Replacing the linear layers of a model: which ones qualify (`survey`), and the swap itself (`convert_linears`).
 
-`replace_linears` is the weight-only conversion. A better method brings its own function from a layer to a `QuantizedWeight`
-and calls `convert_linears`; selection, atomicity and the report stay the same. All replacements are computed before the first
-one is put in place, so an error on the way leaves the model exactly as it was.
+`replace_linears` is the weight-only conversion. A better method brings its own function from a layer to a
+`QuantizedWeight` and calls `convert_linears`; selection, atomicity and the report stay the same. All replacements are
+computed before the first one is put in place, so an error on the way leaves the model exactly as it was.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ QuantizeLayer = Callable[[str, nn.Linear], QuantizedWeight]
 
 @dataclass
 class Candidate:
-    """A linear layer found in a model, every place it is registered at, and why it has to stay dense (None: it need not)."""
+    """A linear layer found in a model, every place it is registered at, and why it has to stay dense (None: it need
+    not)."""
 
     name: str
     module: nn.Module
@@ -62,10 +63,11 @@ def replace_linears(
     ignore: str | Iterable[str] = DEFAULT_IGNORE,
     progress: bool = False,
 ) -> ConversionReport:
-    """Replace the linears of `model` in place by 2:4-sparse ones, from their weights alone: the two largest of every four stay.
+    """Replace the linears of `model` in place by 2:4-sparse ones, from their weights alone: the two largest of every
+    four stay.
 
-    `ignore` names what stays dense: class names, full module names, last components of names ("lm_head"), or `re:` and a
-    pattern that the full name starts with. An entry that matches a container covers everything inside it.
+    `ignore` names what stays dense: class names, full module names, last components of names ("lm_head"), or `re:` and
+    a pattern that the full name starts with. An entry that matches a container covers everything inside it.
     """
 
     def quantize_layer(name: str, linear: nn.Linear) -> QuantizedWeight:
@@ -92,7 +94,8 @@ def convert_linears(
     ignore: str | Iterable[str] = DEFAULT_IGNORE,
     progress: bool = False,
 ) -> ConversionReport:
-    """Replace every qualifying linear of `model` by the layer made of `quantize_layer`'s codes. In place, all or nothing."""
+    """Replace every qualifying linear of `model` by the layer made of `quantize_layer`'s codes. In place, all or
+    nothing."""
     entries = _ignore_entries(ignore)
     candidates = survey(model, entries)
     chosen = [candidate for candidate in candidates if candidate.reason is None]
@@ -124,18 +127,23 @@ def convert_linears(
     report = ConversionReport(rows, group_size, num_bits, method, _notes(model, entries, chosen))
     for candidate in chosen:
         for parent, attribute in candidate.places:
-            parent._modules[attribute] = made[candidate.name][0]  # what setattr would do, without a hook that could fail
+            parent._modules[attribute] = made[candidate.name][
+                0
+            ]  # what setattr would do, without a hook that could fail
     return report
 
 
-def survey(model: nn.Module, ignore: str | Iterable[str] = DEFAULT_IGNORE, *, allow_meta: bool = False) -> list[Candidate]:
-    """All linear layers of `model` in module order, each with the reason why it cannot be converted, if there is one."""
+def survey(
+    model: nn.Module, ignore: str | Iterable[str] = DEFAULT_IGNORE, *, allow_meta: bool = False
+) -> list[Candidate]:
+    """All linear layers of `model` in module order, each with the reason why it cannot be converted, if there is
+    one."""
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"replace_linears: model: expected an eager torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, (nn.Linear, SparseMarlinLinear)):
         raise ValueError(
-            f"replace_linears: model: expected a module that contains linear layers, got a {type(model).__name__} itself; "
-            "use SparseMarlinLinear.from_linear"
+            "replace_linears: model: expected a module that contains linear layers, "
+            f"got a {type(model).__name__} itself; use SparseMarlinLinear.from_linear"
         )
     entries = _ignore_entries(ignore)
     owners = _weight_owners(model)
@@ -272,8 +280,10 @@ def _notes(model: nn.Module, entries: Sequence[str], chosen: Sequence[Candidate]
         if entry not in DEFAULT_IGNORE and not any(_matches(entry, name, module) for name, module in modules):
             notes.append(f"ignore entry '{entry}' matches no module")
     wide = [c for c in chosen if isinstance(c.module, nn.Linear) and c.module.weight.dtype == torch.float32]
-    if wide and wide[0].module.weight.is_cuda:  # type: ignore[union-attr,operator]
-        notes.append("the model is float32 on a GPU, where the kernels take float16 and bfloat16: call .half() or .bfloat16()")
+    if wide and wide[0].module.weight.is_cuda:
+        notes.append(
+            "the model is float32 on a GPU, where the kernels take float16 and bfloat16: call .half() or .bfloat16()"
+        )
     return notes
 
 
@@ -284,6 +294,7 @@ def _why_none(candidates: Sequence[Candidate]) -> str:
     for candidate in candidates:
         reasons[candidate.reason or ""].append(candidate.name)
     parts = [
-        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}" for reason, names in reasons.items()
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
+        for reason, names in reasons.items()
     ]
     return f"{len(candidates)} that stay dense ({'; '.join(parts)})"

@@ -45,7 +45,8 @@ class KindSummary:
 
 @dataclass
 class ConversionReport:
-    """Every linear of a model in the order of its modules. `str()` is an aligned table, `summary()` the same by kind."""
+    """Every linear of a model in the order of its modules. `str()` is an aligned table, `summary()` the same by
+    kind."""
 
     layers: list[LayerReport]
     group_size: int

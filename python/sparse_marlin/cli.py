@@ -1,0 +1,325 @@
+"""The command line: `sparse-marlin demo | generate | eval | inspect | info`, also as `python -m sparse_marlin`.
+
+Results go to stdout (with --json nothing else does), progress and errors to stderr. A failure is one line and exit
+status 1, a wrong call is exit status 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ._extension import _core
+
+app = typer.Typer(
+    name="sparse-marlin",
+    help="2:4-sparse INT4/INT8 linear layers for PyTorch, on CUDA and on the CPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class DType(str, Enum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+def _check_group_size(value: int) -> int:
+    if value not in _core.GROUP_SIZES:
+        raise typer.BadParameter(f"expected one of {sorted(_core.GROUP_SIZES)}, got {value}")
+    return value
+
+
+def _check_num_bits(value: int) -> int:
+    if value not in _core.NUM_BITS:
+        raise typer.BadParameter(f"expected one of {sorted(_core.NUM_BITS)}, got {value}")
+    return value
+
+
+def _check_device(value: str | None) -> str | None:
+    if value is None:
+        return None
+    try:
+        device = torch.device(value)
+    except RuntimeError:
+        raise typer.BadParameter(f"expected cpu, cuda or cuda:N, got {value}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"expected cpu, cuda or cuda:N, got {value}")
+    return value
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+GroupSize = Annotated[
+    int,
+    typer.Option(
+        "--group-size", callback=_check_group_size, help="Input features that share a scale; -1: a whole row."
+    ),
+]
+NumBits = Annotated[int, typer.Option("--num-bits", callback=_check_num_bits, help="Bits of a code: 4 or 8.")]
+Device = Annotated[
+    str | None, typer.Option("--device", callback=_check_device, help="cpu, cuda or cuda:N; default: a GPU if usable.")
+]
+Dtype = Annotated[DType | None, typer.Option("--dtype", help="Default: bfloat16 on a GPU, float32 on a CPU.")]
+Sparse = Annotated[
+    bool, typer.Option("--sparse/--dense", help="Replace the linears after loading, or leave the model as it is.")
+]
+TextFile = Annotated[
+    Path | None, typer.Option("--text", help="UTF-8 text file; default: Python's documentation topics.")
+]
+SeqLen = Annotated[int, typer.Option("--seq-len", min=2, help="Tokens of a perplexity window.")]
+Source = Annotated[str, typer.Argument(metavar="PATH", help="Model directory, .gguf file or hub name.")]
+
+
+def _one_line_errors(command: Command) -> Command:
+    """Turn an expected failure into one line on stderr and exit status 1. SPARSE_MARLIN_TRACEBACK=1 shows where it came
+    from."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+            if os.environ.get("SPARSE_MARLIN_TRACEBACK"):
+                raise
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            typer.echo(f"sparse-marlin: error: {lines[0] if lines else type(error).__name__}", err=True)
+            raise typer.Exit(1) from None
+
+    return wrapped  # type: ignore[return-value]
+
+
+@app.command()
+@_one_line_errors
+def demo(
+    model: Annotated[
+        str | None, typer.Argument(help="Model directory, .gguf file or hub name; default: SmolLM2-135M.")
+    ] = None,
+    group_size: GroupSize = 64,
+    num_bits: NumBits = 4,
+    text: TextFile = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    seq_len: SeqLen = 512,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of the text; default 4096 on a CPU, 32768 on a GPU.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 48,
+    device: Device = None,
+    dtype: Dtype = None,
+    show_all: Annotated[bool, typer.Option("--all", help="List every layer in the error table.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a model dense and sparse, side by side: perplexity, text, speed, megabytes, error of every layer."""
+    from .demo import DEMO_PROMPT, DemoOptions, render_demo, run_demo
+
+    options = DemoOptions(
+        source=model,
+        group_size=group_size,
+        num_bits=num_bits,
+        text=text,
+        prompt=DEMO_PROMPT if prompt is None else prompt,
+        seq_len=seq_len,
+        max_tokens=max_tokens,
+        max_new_tokens=max_new_tokens,
+        device=_device(device),
+        dtype=_dtype(dtype),
+    )
+    _say("Loading the model")
+    result = run_demo(options, progress=True)
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        render_demo(result, _console(), show_all=show_all)
+
+
+@app.command()
+@_one_line_errors
+def generate(
+    path: Source,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the tokenizer's chat template.")] = False,
+    sparse: Sparse = True,
+    group_size: GroupSize = 128,
+    num_bits: NumBits = 4,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt greedily with the sparse (or dense) model."""
+    from .evaluate import generate_greedy
+
+    loaded, report = _load(path, sparse, group_size, num_bits, device, dtype)
+    made = generate_greedy(
+        loaded.model, loaded.tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat, progress=True
+    )
+    if as_json:
+        _print_json({**_about(loaded, report), "prompt": prompt, **dataclasses.asdict(made)})
+        return
+    typer.echo(made.text if chat else prompt + made.text)
+    if made.decode_tokens_per_second:
+        _say(f"{len(made.tokens)} tokens, {made.decode_tokens_per_second:.1f} tokens/s")
+
+
+@app.command("eval")
+@_one_line_errors
+def evaluate(
+    path: Source,
+    text: TextFile = None,
+    seq_len: SeqLen = 512,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text to use.")] = 16384,
+    sparse: Sparse = True,
+    group_size: GroupSize = 128,
+    num_bits: NumBits = 4,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of a text under the sparse (or dense) model."""
+    from .evaluate import PERPLEXITY_PROTOCOL, perplexity
+    from .model import read_text
+
+    text_name, content = read_text(text)
+    loaded, report = _load(path, sparse, group_size, num_bits, device, dtype)
+    found = perplexity(loaded.model, loaded.tokenizer, content, seq_len=seq_len, max_tokens=max_tokens, progress=True)
+    if as_json:
+        about = {**_about(loaded, report), "text": text_name, "protocol": PERPLEXITY_PROTOCOL}
+        _print_json({**about, **dataclasses.asdict(found)})
+        return
+    typer.echo(
+        f"perplexity {found.perplexity:.4f} of {found.scored_tokens} tokens of {text_name} "
+        f"({found.windows} windows of {seq_len}, {found.tokens_per_second:.0f} tokens/s)"
+    )
+
+
+@app.command()
+@_one_line_errors
+def inspect(
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH", help="A .safetensors or .pt state dict, a .gguf file, a model directory or a hub name."
+        ),
+    ],
+    group_size: GroupSize = 128,
+    num_bits: NumBits = 4,
+    as_json: Json = False,
+) -> None:
+    """List the linear layers of a checkpoint: shape, 2:4 or not, what a conversion would do and save."""
+    from .inspection import inspect_source, layers_to_json
+
+    layers = inspect_source(path, group_size=group_size, num_bits=num_bits)
+    if as_json:
+        typer.echo(layers_to_json(path, layers))
+        return
+    table = Table(header_style="bold")
+    for column, justify in (("layer", "left"), ("N x K", "left"), ("2:4", "left"), ("state", "left")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table.add_column("MB before", justify="right")
+    table.add_column("MB after", justify="right")
+    for layer in layers:
+        state = "would be converted" if layer.convertible else f"stays {layer.state}: {layer.reason}"
+        shape = f"{layer.shape[0]} x {layer.shape[1]}"
+        if layer.state == "packed":
+            state = f"packed: {layer.num_bits}-bit, group size {layer.group_size}, format {_core.FORMAT_VERSION}"
+            shape = f"{layer.shape[0]} x up to {layer.shape[1]}"
+        known = "?" if layer.is_24 is None else "yes" if layer.is_24 else "no"
+        table.add_row(
+            layer.name, shape, known, state, f"{layer.bytes_before / 1e6:.3f}", f"{layer.bytes_after / 1e6:.3f}"
+        )
+    _console().print(table)
+    before, after = (sum(getattr(layer, key) for layer in layers) / 1e6 for key in ("bytes_before", "bytes_after"))
+    count = sum(layer.convertible for layer in layers)
+    typer.echo(f"{count} of {len(layers)} linear layers would be converted: {before:.1f} MB -> {after:.1f} MB")
+
+
+@app.command()
+@_one_line_errors
+def info(as_json: Json = False) -> None:
+    """Versions, compiled architectures, and what this machine can run, with the reason where it cannot."""
+    from . import info as collect
+
+    found = collect()
+    if as_json:
+        _print_json(found.as_dict())
+    else:
+        typer.echo(str(found))
+
+
+def main() -> None:
+    """Entry point of `sparse-marlin` and `python -m sparse_marlin`."""
+    try:
+        app(prog_name="sparse-marlin")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _load(
+    path: str, sparse: bool, group_size: int, num_bits: int, device: str | None, dtype: DType | None
+) -> tuple[Any, Any]:
+    from .model import load_model
+    from .replace import replace_linears
+
+    _say("Loading the model")
+    loaded = load_model(path, device=_device(device), dtype=_dtype(dtype))
+    report = replace_linears(loaded.model, group_size=group_size, num_bits=num_bits, progress=True) if sparse else None
+    if report is not None:
+        _say(report.totals())
+    return loaded, report
+
+
+def _about(loaded: Any, report: Any) -> dict[str, Any]:
+    return {
+        "model": loaded.name,
+        "device": str(loaded.device),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "sparse": report is not None,
+        "conversion": None
+        if report is None
+        else {key: value for key, value in report.to_dict().items() if key != "layers"},
+    }
+
+
+def _device(value: str | None) -> torch.device | None:
+    if value is None:
+        return None
+    device = torch.device(value)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device: expected a device of this machine, got {value} ({torch.cuda.device_count()} GPUs found)"
+        )
+    return device
+
+
+def _dtype(value: DType | None) -> torch.dtype | None:
+    return None if value is None else getattr(torch, value.value)
+
+
+def _console() -> Console:
+    """Tables need room: a pipe or a file gets 140 columns, a terminal its own width."""
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def _say(message: str) -> None:
+    typer.echo(message, err=True)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, indent=2))
