@@ -154,8 +154,8 @@ def _comparison(result: DemoResult) -> Table:
             table.add_row(label, f"{before:,.{digits}f}", f"{after:,.{digits}f}", f"{after / before:.3g}x")
 
     add("perplexity", dense.perplexity.perplexity, sparse.perplexity.perplexity, 2)
-    speeds = (side.continuation.decode_tokens_per_second for side in (dense, sparse))
-    add("generation, tokens/s", *speeds)
+    speeds = [side.continuation.decode_tokens_per_second for side in (dense, sparse)]
+    add("generation, tokens/s", speeds[0], speeds[1])
     add("evaluation, tokens/s", dense.perplexity.tokens_per_second, sparse.perplexity.tokens_per_second)
     add("converted linears, MB", dense.linear_bytes / _MB, sparse.linear_bytes / _MB)
     add("whole model, MB", dense.model_bytes / _MB, sparse.model_bytes / _MB)
