@@ -1,4 +1,4 @@
-"""Prints the requirements that pyproject.toml states: the package's own, and those of the groups named on the command line.
+"""Prints the requirements that pyproject.toml states: the package's own, and those of the groups that are named.
 
 `build` is the build system's group, the others are the extras. Serves `make dev`, which installs before it builds.
 """

@@ -1,6 +1,6 @@
-"""Runs the Python tests with the GPU and writes what happened to benchmarks/results/gpu_tests.json. Fails without a GPU.
+"""Runs the Python tests with the GPU and records what happened in benchmarks/results/gpu_tests.json. Fails without a GPU.
 
-Needs no network: the extension must have been built in place. The commit of the record is SPARSE_MARLIN_COMMIT or git's.
+Needs no network: the extension must have been built in place. The recorded commit is SPARSE_MARLIN_COMMIT or git's.
 Arguments go to pytest.
 """
 

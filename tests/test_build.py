@@ -1,0 +1,89 @@
+"""What the built extension contains: the architectures it states, sparse tensor-core instructions, and no library but torch's."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import sparse_marlin
+from sparse_marlin import _core
+from sparse_marlin._extension import LIBRARY
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURES = [name for name in _core.BUILT_ARCHITECTURES.split(",") if name]
+needs_cuda_build = pytest.mark.skipif(not ARCHITECTURES, reason="built without CUDA")
+
+
+def cuobjdump() -> str:
+    """The disassembler of the toolkit, or the one that triton carries."""
+    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
+    if not found:
+        triton = pytest.importorskip("triton", reason="no cuobjdump: neither a CUDA toolkit nor triton is installed")
+        inside = sorted(Path(triton.__file__).parent.rglob("cuobjdump"))
+        if not inside:
+            pytest.skip("no cuobjdump: neither a CUDA toolkit nor triton's")
+        found = str(inside[0])
+    return found
+
+
+def dump(*arguments: str) -> str:
+    return subprocess.run([cuobjdump(), *arguments, LIBRARY], capture_output=True, text=True, check=True).stdout
+
+
+@needs_cuda_build
+def test_the_stated_architectures_are_there():
+    native = set(re.findall(r"\.(sm_\w+)\.cubin", dump("--list-elf")))
+    ptx = {name.replace("sm_", "compute_") for name in re.findall(r"\.(sm_\w+)\.ptx", dump("--list-ptx"))}
+    assert native | ptx == set(ARCHITECTURES)
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name.startswith("sm_")] or ["none"])
+def test_native_code_multiplies_on_sparse_tensor_cores(architecture):
+    sass = dump("--dump-sass", "--gpu-architecture", architecture)
+    assert re.search(r"\bHMMA\.SP\.16832\.F32\b", sass), (
+        f"no sparse m16n8k32 with float32 accumulators for {architecture}"
+    )
+    assert re.search(r"\bHMMA\.SP\.16832\.F32\.BF16\b", sass), f"no bfloat16 one for {architecture}"
+
+
+@needs_cuda_build
+@pytest.mark.skipif(not any(name.startswith("compute_") for name in ARCHITECTURES), reason="no PTX was asked for")
+def test_ptx_multiplies_on_sparse_tensor_cores():
+    assert "mma.sp::ordered_metadata.sync.aligned.m16n8k32" in dump("--dump-ptx")
+
+
+@pytest.mark.parametrize("library", [LIBRARY, _core.__file__])
+def test_no_library_of_cuda_or_python_is_needed(library):
+    needed = re.findall(
+        r"NEEDED.*\[(.*?)\]",
+        subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout,
+    )
+    assert needed
+    allowed = re.compile(
+        r"^(libtorch(_cpu|_cuda)?|libc10|libstdc\+\+|libgcc_s|libgomp|libm|libc|libdl|librt|libpthread|ld-linux.*)\.so"
+    )
+    assert not [name for name in needed if not allowed.match(name)]
+    if library != LIBRARY:
+        assert not [name for name in needed if "torch" in name or "c10" in name], "_core is torch-free"
+
+
+def test_the_operators_use_the_stable_abi_only():
+    """No C++ symbol of torch or c10 is imported: what is, is the C interface that torch keeps stable."""
+    listing = subprocess.run(
+        ["nm", "-D", "--undefined-only", LIBRARY], capture_output=True, text=True, check=True
+    ).stdout
+    symbols = [line.split()[-1] for line in listing.splitlines()]
+    assert any(name.startswith("aoti_torch_") for name in symbols)
+    assert not [name for name in symbols if re.match(r"_ZNK?\d*(St)?\d*(2at|3c10|5torch)", name)]
+
+
+def test_the_library_is_small():
+    assert Path(LIBRARY).stat().st_size < 20e6
+
+
+def test_version_is_stated_once():
+    assert re.search(r'^dynamic = \["version"\]', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert f"## {sparse_marlin.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
