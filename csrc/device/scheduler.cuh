@@ -1,0 +1,35 @@
+// Which part of the output a block computes. Pure index arithmetic.
+#pragma once
+#include <cstdint>
+
+#include "format/packed_24.h"
+
+namespace sparse_marlin::device {
+
+struct BlockWork {
+  int tile_m;      // index of the block_m x block_n output tile
+  int tile_n;
+  int split;       // which share of k
+  int first_col;   // share of k, in 128-column tiles: [first_col, last_col)
+  int last_col;
+};
+
+// Neighbouring blocks take the shares of one output tile, then up to kRaster token tiles over the same weights, then the next
+// features: weights are read from DRAM once, and the activations of kRaster token tiles stay in L2 meanwhile.
+inline constexpr int kRaster = 8;
+
+SPARSE_MARLIN_HD inline BlockWork block_work(int block, int tiles_m, int tiles_n, int splits, int col_tiles) {
+  BlockWork w;
+  w.split = block % splits;
+  const int tile = block / splits;
+  const int panel = tile / (kRaster * tiles_n), in_panel = tile % (kRaster * tiles_n);
+  const int left = tiles_m - panel * kRaster, rows = left < kRaster ? left : kRaster;
+  w.tile_m = panel * kRaster + in_panel % rows;
+  w.tile_n = in_panel / rows;
+  // shares differ by one tile at most
+  w.first_col = static_cast<int>(static_cast<int64_t>(col_tiles) * w.split / splits);
+  w.last_col = static_cast<int>(static_cast<int64_t>(col_tiles) * (w.split + 1) / splits);
+  return w;
+}
+
+}  // namespace sparse_marlin::device

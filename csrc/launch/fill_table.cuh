@@ -1,0 +1,20 @@
+// Instantiates the portable kernel for every tile of the tile table and both scale modes.
+#pragma once
+#include <utility>
+
+#include "device/kernel_sm80.cuh"
+#include "launch/kernel_table.h"
+
+namespace sparse_marlin {
+
+template <typename Act, int kBits, int... kIndex>
+constexpr KernelTable fill_table(std::integer_sequence<int, kIndex...>) {
+  return {{{device::gemm_sm80<Act, kBits, kIndex, device::ScaleMode::kTiles>...},
+           {device::gemm_sm80<Act, kBits, kIndex, device::ScaleMode::kSteps>...}}};
+}
+template <typename Act, int kBits>
+constexpr KernelTable fill_table() {
+  return fill_table<Act, kBits>(std::make_integer_sequence<int, static_cast<int>(kTiles.size())>{});
+}
+
+}  // namespace sparse_marlin

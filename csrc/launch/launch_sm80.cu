@@ -1,0 +1,154 @@
+// Starts the portable kernel and, where k is split across blocks, the kernel that adds the splits.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <mutex>
+#include <stdexcept>
+#include <vector>
+
+#include "device/align.cuh"
+#include "device/reduce.cuh"
+#include "launch/kernel_table.h"
+#include "launch/launch.h"
+#include "plan/smem.h"
+#include "plan/workspace.h"
+
+namespace sparse_marlin {
+namespace {
+
+constexpr int kMaxDevices = 64;
+
+int device_attribute(cudaDeviceAttr attribute, int index) {
+  int value = 0;
+  const cudaError_t status = cudaDeviceGetAttribute(&value, attribute, index);
+  if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA device: ") + cudaGetErrorString(status));
+  return value;
+}
+
+Device read_device(int index) {
+  Device d;
+  d.compute_capability = 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, index) +
+                         device_attribute(cudaDevAttrComputeCapabilityMinor, index);
+  d.num_sms = device_attribute(cudaDevAttrMultiProcessorCount, index);
+  d.smem_per_block = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  d.smem_per_sm = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
+  d.l2_bytes = device_attribute(cudaDevAttrL2CacheSize, index);
+  return d;
+}
+
+struct KernelChoice {
+  GemmKernel kernel;
+  int index;  // among all compiled kernels
+};
+
+KernelChoice find_kernel(const Problem& problem, int tile) {
+  static const KernelTable* const tables[] = {&kKernelsF16Int4, &kKernelsF16Int8, &kKernelsBf16Int4, &kKernelsBf16Int8};
+  const int table = (problem.dtype == DType::kFloat16 ? 0 : 2) + (problem.num_bits == 4 ? 0 : 1);
+  const bool steps = problem.group_size != kChannelwise && problem.group_size < format::kTileCols;
+  const int mode = static_cast<int>(steps ? device::ScaleMode::kSteps : device::ScaleMode::kTiles);
+  return {(*tables[table])[mode][tile], (table * kScaleModes + mode) * static_cast<int>(kTiles.size()) + tile};
+}
+constexpr int kKernels = 4 * kScaleModes * static_cast<int>(kTiles.size());
+
+// A kernel may use more than 48 KB of shared memory only after it was allowed to, once for each device.
+cudaError_t allow_shared_memory(const KernelChoice& choice, int device) {
+  static std::array<std::atomic<bool>, kMaxDevices * kKernels> allowed{};
+  std::atomic<bool>& done = allowed[device * kKernels + choice.index];
+  if (done.load(std::memory_order_acquire)) return cudaSuccess;
+  const cudaError_t status =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(choice.kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           device_properties(device).smem_per_block);
+  if (status == cudaSuccess) done.store(true, std::memory_order_release);
+  return status;
+}
+
+device::KernelArgs kernel_args(const Problem& problem, const Plan& plan, const GemmParams& params) {
+  const Tile& tile = kTiles[plan.tile];
+  device::KernelArgs args{};
+  args.params = params;
+  args.m = static_cast<int>(problem.m);
+  args.n = static_cast<int>(problem.n);
+  args.k = static_cast<int>(problem.k);
+  args.tiles_m = (args.m + tile.block_m - 1) / tile.block_m;
+  args.tiles_n = (args.n + tile.block_n - 1) / tile.block_n;
+  args.splits = plan.splits;
+  args.num_groups = static_cast<int>(num_groups(problem.k, problem.group_size));
+  args.group_size = problem.group_size;
+  args.num_stages = plan.num_stages;
+  args.act_rows = act_rows(tile, problem.m);
+  args.acts_row = args.k;
+  args.scales_row = args.n;
+  while (1 << args.group_shift < problem.group_size) ++args.group_shift;
+  const Workspace places = workspace(problem, plan.splits);
+  char* base = static_cast<char*>(params.workspace);
+  if (plan.splits > 1) args.partials = reinterpret_cast<float*>(base);
+  if (acts_need_copy(problem)) {
+    args.params.acts = base + places.acts;
+    args.acts_row = static_cast<int>(aligned_row(problem.k));
+  }
+  if (scales_need_copy(problem)) {
+    args.params.scales = base + places.scales;
+    args.scales_row = static_cast<int>(aligned_row(problem.n));
+  }
+  return args;
+}
+
+cudaError_t copy_aligned(const void* from, const void* to, int64_t rows, int64_t cols, const Device& device, cudaStream_t stream) {
+  const int64_t blocks = (rows * aligned_row(cols) + device::kAlignThreads - 1) / device::kAlignThreads;
+  constexpr int kBlocksPerSm = 8;
+  const int grid = static_cast<int>(std::min<int64_t>(blocks, static_cast<int64_t>(device.num_sms) * kBlocksPerSm));
+  device::align_rows<<<grid, device::kAlignThreads, 0, stream>>>(
+      static_cast<const uint16_t*>(from), static_cast<uint16_t*>(const_cast<void*>(to)), rows, static_cast<int>(cols),
+      static_cast<int>(aligned_row(cols)));
+  return cudaGetLastError();
+}
+
+cudaError_t launch_reduce(const Problem& problem, const device::KernelArgs& args, const Device& device, cudaStream_t stream) {
+  const int64_t vectors = problem.m * ((problem.n + device::kVector - 1) / device::kVector);
+  const int64_t blocks = (vectors + device::kReduceThreads - 1) / device::kReduceThreads;
+  constexpr int kBlocksPerSm = 8;  // 2048 threads
+  const int grid = static_cast<int>(std::min<int64_t>(blocks, static_cast<int64_t>(device.num_sms) * kBlocksPerSm));
+  if (problem.dtype == DType::kFloat16) {
+    device::reduce_splits<__half><<<grid, device::kReduceThreads, 0, stream>>>(args);
+  } else {
+    device::reduce_splits<__nv_bfloat16><<<grid, device::kReduceThreads, 0, stream>>>(args);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+const Device& device_properties(int index) {
+  static std::array<Device, kMaxDevices> devices;
+  static std::array<std::once_flag, kMaxDevices> once;
+  if (index < 0 || index >= kMaxDevices) throw std::runtime_error("CUDA device: index " + std::to_string(index));
+  std::call_once(once[index], [index] { devices[index] = read_device(index); });
+  return devices[index];
+}
+
+std::string launch(const Problem& problem, const Plan& plan, const GemmParams& params, void* cuda_stream) {
+  const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
+  const KernelChoice choice = find_kernel(problem, plan.tile);
+  const device::KernelArgs args = kernel_args(problem, plan, params);
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = allow_shared_memory(choice, device);
+  if (status == cudaSuccess && acts_need_copy(problem)) {
+    status = copy_aligned(params.acts, args.params.acts, problem.m, problem.k, device_properties(device), stream);
+  }
+  if (status == cudaSuccess && scales_need_copy(problem)) {
+    const int64_t groups = num_groups(problem.k, problem.group_size);
+    status = copy_aligned(params.scales, args.params.scales, groups, problem.n, device_properties(device), stream);
+  }
+  if (status == cudaSuccess) {
+    choice.kernel<<<static_cast<unsigned>(plan.grid), plan.threads, plan.smem_bytes, stream>>>(args);
+    status = cudaGetLastError();
+  }
+  if (status == cudaSuccess && plan.splits > 1) status = launch_reduce(problem, args, device_properties(device), stream);
+  if (status == cudaSuccess) return {};
+  return std::string(cudaGetErrorName(status)) + ": " + cudaGetErrorString(status);
+}
+
+}  // namespace sparse_marlin

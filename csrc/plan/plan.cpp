@@ -1,0 +1,194 @@
+// Enumerate, reject with a reason, score, choose.
+#include "plan/plan.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <stdexcept>
+#include <vector>
+
+#include "plan/cost.h"
+#include "plan/smem.h"
+#include "plan/tiles.h"
+#include "plan/workspace.h"
+
+namespace sparse_marlin {
+namespace {
+
+constexpr int kMinComputeCapability = 80;
+constexpr int64_t kMaxGrid = 2147483647;
+constexpr int64_t kMaxWorkspaceBytes = int64_t{1} << 30;
+constexpr int kMaxSplits = 16;
+
+struct Candidate {
+  Plan plan;
+  std::string rejected;  // why, or empty
+};
+
+Candidate build(const Problem& problem, const Device& device, int tile_index, int splits) {
+  const Tile& tile = kTiles[tile_index];
+  Candidate c;
+  Plan& p = c.plan;
+  p.tile = tile_index;
+  p.splits = splits;
+  p.threads = tile.threads();
+  const int64_t tiles_m = (problem.m + tile.block_m - 1) / tile.block_m;
+  const int64_t tiles_n = (problem.n + tile.block_n - 1) / tile.block_n;
+  p.grid = tiles_m * tiles_n * splits;
+  const int64_t col_tiles = format::col_tiles(problem.k);
+  if (splits > col_tiles) {
+    c.rejected = "more splits than 128-column tiles (" + std::to_string(col_tiles) + ")";
+    return c;
+  }
+  if (p.grid > kMaxGrid) {
+    c.rejected = "grid of " + std::to_string(p.grid) + " blocks";
+    return c;
+  }
+  p.workspace_bytes = workspace(problem, splits).size;
+  if (splits > 1 && p.workspace_bytes > kMaxWorkspaceBytes) {
+    c.rejected = "workspace of " + std::to_string(p.workspace_bytes >> 20) + " MiB";
+    return c;
+  }
+  const int rows = act_rows(tile, problem.m);
+  const int64_t turns = ((col_tiles + splits - 1) / splits + tile.warps_k - 1) / tile.warps_k;
+  // one stage more than there are tiles to bring never helps
+  const int wanted = static_cast<int>(std::clamp<int64_t>(turns + 1, kMinStages, kMaxStages));
+  for (int stages = wanted; stages >= kMinStages; --stages) {
+    const int bytes = smem_bytes(tile, problem.num_bits, rows, problem.group_size, stages);
+    // leave room for the blocks the register budget allows, if two stages still fit
+    const int room = std::min(device.smem_per_block, device.smem_per_sm / tile.min_blocks - 1024);
+    if (bytes <= (stages == kMinStages ? device.smem_per_block : room)) {
+      p.num_stages = stages;
+      p.smem_bytes = bytes;
+      break;
+    }
+  }
+  if (p.num_stages == 0) {
+    const int bytes = smem_bytes(tile, problem.num_bits, rows, problem.group_size, kMinStages);
+    c.rejected = "needs " + std::to_string(bytes) + " B of shared memory, a block has " + std::to_string(device.smem_per_block);
+    return c;
+  }
+  p.predicted_us = predicted_us(problem, device, tile, p);
+  return c;
+}
+
+std::vector<Candidate> candidates(const Problem& problem, const Device& device) {
+  std::vector<Candidate> all;
+  for (int tile = 0; tile < static_cast<int>(kTiles.size()); ++tile) {
+    for (int splits = 1; splits <= kMaxSplits; ++splits) {
+      Candidate c = build(problem, device, tile, splits);
+      const bool possible = c.rejected.empty();
+      all.push_back(std::move(c));
+      if (!possible) break;  // more splits do not cure it
+    }
+  }
+  return all;
+}
+
+const Candidate* best(const std::vector<Candidate>& all) {
+  const Candidate* chosen = nullptr;
+  for (const Candidate& c : all) {
+    if (c.rejected.empty() && (chosen == nullptr || c.plan.predicted_us < chosen->plan.predicted_us)) chosen = &c;
+  }
+  return chosen;
+}
+
+std::string tile_text(const Tile& t) {
+  char text[96];
+  std::snprintf(text, sizeof(text), "%3d tokens x %3d features, warps %d x %d x %d along k", t.block_m, t.block_n, t.warps_m,
+                t.warps_n, t.warps_k);
+  return text;
+}
+
+std::string problem_text(const Problem& p) {
+  char text[160];
+  std::snprintf(text, sizeof(text), "m=%lld n=%lld k=%lld group_size=%d num_bits=%d %s%s", static_cast<long long>(p.m),
+                static_cast<long long>(p.n), static_cast<long long>(p.k), p.group_size, p.num_bits, dtype_name(p.dtype),
+                p.has_bias ? " with bias" : "");
+  return text;
+}
+
+}  // namespace
+
+std::string why_unsupported(const Problem& p, const Device& device) {
+  if (p.dtype == DType::kFloat32) return "expected float16 or bfloat16 activations on a GPU, got float32";
+  if (!format::valid_bits(p.num_bits)) return "expected num_bits 4 or 8, got " + std::to_string(p.num_bits);
+  if (!valid_group_size(p.group_size))
+    return "expected group_size -1, 32, 64, 128 or 256, got " + std::to_string(p.group_size);
+  if (p.m < 1 || p.m > kMaxTokens) return "expected 1 to " + std::to_string(kMaxTokens) + " tokens, got " + std::to_string(p.m);
+  if (p.n < 1 || p.n > kMaxFeatures)
+    return "expected 1 to " + std::to_string(kMaxFeatures) + " out features, got " + std::to_string(p.n);
+  if (p.k < kColMultiple || p.k > kMaxFeatures || p.k % kColMultiple != 0)
+    return "expected in features that are a multiple of 4, at most " + std::to_string(kMaxFeatures) + ", got " +
+           std::to_string(p.k);
+  if (device.compute_capability < kMinComputeCapability) {
+    return "expected a GPU of compute capability 8.0 or higher, got " + std::to_string(device.compute_capability / 10) + "." +
+           std::to_string(device.compute_capability % 10);
+  }
+  return {};
+}
+
+Plan plan(const Problem& problem, const Device& device) {
+  const std::string why = why_unsupported(problem, device);
+  if (!why.empty()) throw std::invalid_argument(why);
+  const std::vector<Candidate> all = candidates(problem, device);
+  const Candidate* chosen = best(all);
+  if (chosen == nullptr) throw std::invalid_argument("no kernel fits " + problem_text(problem) + " on this GPU");
+  return chosen->plan;
+}
+
+Plan plan_with_tile(const Problem& problem, const Device& device, int tile, int splits) {
+  const std::string why = why_unsupported(problem, device);
+  if (!why.empty()) throw std::invalid_argument(why);
+  if (tile < 0 || tile >= static_cast<int>(kTiles.size())) {
+    throw std::invalid_argument("tile: expected 0 to " + std::to_string(kTiles.size() - 1) + ", got " + std::to_string(tile));
+  }
+  if (splits > kMaxSplits) {
+    throw std::invalid_argument("splits: expected at most " + std::to_string(kMaxSplits) + ", got " + std::to_string(splits));
+  }
+  Candidate chosen;
+  for (int s = splits > 0 ? splits : 1; s <= (splits > 0 ? splits : kMaxSplits); ++s) {
+    Candidate c = build(problem, device, tile, s);
+    const bool better = c.rejected.empty() && (chosen.plan.tile < 0 || c.plan.predicted_us < chosen.plan.predicted_us);
+    if (better || (chosen.plan.tile < 0 && !c.rejected.empty() && chosen.rejected.empty())) chosen = c;
+    if (!c.rejected.empty()) break;
+  }
+  if (!chosen.rejected.empty()) {
+    throw std::invalid_argument("tile " + std::to_string(tile) + " (" + tile_text(kTiles[tile]) + "): " + chosen.rejected);
+  }
+  return chosen.plan;
+}
+
+std::string explain(const Problem& problem, const Device& device) {
+  std::string text = problem_text(problem) + "\n";
+  char line[256];
+  std::snprintf(line, sizeof(line), "device: compute capability %d.%d, %d SMs, %d KiB of shared memory a block\n",
+                device.compute_capability / 10, device.compute_capability % 10, device.num_sms, device.smem_per_block >> 10);
+  text += line;
+  const std::string why = why_unsupported(problem, device);
+  if (!why.empty()) return text + "not supported: " + why + "\n";
+  const std::vector<Candidate> all = candidates(problem, device);
+  const Candidate* chosen = best(all);
+  // of each tile the best split, or the reason it has none
+  for (int tile = 0; tile < static_cast<int>(kTiles.size()); ++tile) {
+    const Candidate* of_tile = nullptr;
+    for (const Candidate& c : all) {
+      if (c.plan.tile != tile) continue;
+      const bool better = of_tile == nullptr ||
+                          (c.rejected.empty() && (!of_tile->rejected.empty() || c.plan.predicted_us < of_tile->plan.predicted_us));
+      if (better) of_tile = &c;
+    }
+    const std::string name = tile_text(kTiles[tile]);
+    if (!of_tile->rejected.empty()) {
+      text += "  " + name + ": rejected, " + of_tile->rejected + "\n";
+      continue;
+    }
+    const Plan& p = of_tile->plan;
+    std::snprintf(line, sizeof(line), "%s %s: %2d splits, %d stages, %6lld blocks, %6d B shared, %8.1f us predicted\n",
+                  of_tile == chosen ? " *" : "  ", name.c_str(), p.splits, p.num_stages, static_cast<long long>(p.grid),
+                  p.smem_bytes, p.predicted_us);
+    text += line;
+  }
+  return text;
+}
+
+}  // namespace sparse_marlin

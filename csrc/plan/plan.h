@@ -1,0 +1,42 @@
+// plan(Problem, Device) -> Plan: which kernel, tile and split a multiplication runs with. Pure: no CUDA call, no environment, no
+// global; the GPU is an argument, so the choice for any GPU is tested on a machine without one.
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "format/problem.h"
+
+namespace sparse_marlin {
+
+// A GPU, as far as planning needs to know it.
+struct Device {
+  int compute_capability = 0;   // 10 * major + minor
+  int num_sms = 0;
+  int smem_per_block = 0;       // bytes a block may opt in to
+  int smem_per_sm = 0;          // bytes
+  int64_t l2_bytes = 0;
+};
+
+struct Plan {
+  int tile = -1;                // index into the tile table (plan/tiles.h)
+  int splits = 1;               // blocks along k that share an output tile; > 1: partial sums go to the workspace
+  int num_stages = 0;           // depth of the shared-memory ring
+  int64_t grid = 0;             // blocks
+  int threads = 0;              // a block
+  int smem_bytes = 0;           // dynamic, a block
+  int64_t workspace_bytes = 0;  // device memory the launch needs beside its tensors (plan/workspace.h)
+  double predicted_us = 0;
+};
+
+// Why this problem cannot run on this device (a full sentence part, e.g. "expected a GPU of compute capability 8.0 or higher, got
+// 7.5"), or empty.
+std::string why_unsupported(const Problem& problem, const Device& device);
+
+// The best plan. Throws std::invalid_argument with why_unsupported's text.
+Plan plan(const Problem& problem, const Device& device);
+// The best plan with the tile (and the split, when > 0) given: for tests and for tuning. Throws where the two do not fit.
+Plan plan_with_tile(const Problem& problem, const Device& device, int tile, int splits);
+// A readable account of the choice: every candidate with its predicted time or the reason it was rejected.
+std::string explain(const Problem& problem, const Device& device);
+
+}  // namespace sparse_marlin
