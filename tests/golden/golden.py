@@ -12,9 +12,9 @@ import torch
 FOLDER = Path(__file__).parent
 MANIFEST = FOLDER / "manifest.json"
 RULE = (
-    "x = 7919 * row + 104729 * quad + 12345. The non-zero positions of the quad are mask x % 11 of the eleven 4-bit masks "
-    "of at most two bits, in rising order. The code at non-zero position p is v = 1 + (x * (p + 3)) % (2**bits - 1), as v "
-    "or, above 2**(bits - 1) - 1, v - 2**bits."
+    "x = 7919 * row + 104729 * quad + 12345. The non-zero positions of the quad are mask x % 11 of the eleven 4-bit "
+    "masks of at most two bits, in rising order. The code at non-zero position p is v = 1 + (x * (p + 3)) % "
+    "(2**bits - 1), as v or, above 2**(bits - 1) - 1, v - 2**bits."
 )
 N, K = 20, 132  # a partial slice of rows and a partial tile of columns
 
