@@ -1,4 +1,4 @@
-"""What torch expects of an operator: schemas, opcheck, fake kernels, gradients, torch.compile, torch.export, TorchScript."""
+"""What torch expects of an operator: schemas, opcheck, fake kernels, gradients, torch.compile, export, TorchScript."""
 
 import io
 
@@ -16,7 +16,8 @@ SCHEMAS = {
     "pack_24_weights": "(Tensor weight, Tensor scales, int group_size=128, int num_bits=4) -> Tensor",
     "unpack_24_weights": "(Tensor weight_packed, int size_n, int size_k, int num_bits=4) -> Tensor",
     "sparse_marlin_gemm": (
-        "(Tensor a, Tensor weight_packed, Tensor scales, int group_size=128, int num_bits=4, Tensor? bias=None) -> Tensor"
+        "(Tensor a, Tensor weight_packed, Tensor scales, int group_size=128, int num_bits=4, "
+        "Tensor? bias=None) -> Tensor"
     ),
 }
 
@@ -213,7 +214,7 @@ def test_torchscript_module(device, block):
     smt.assert_same_bits(loaded(inputs(device, 9)), block(inputs(device, 9)))
 
 
-def test_inference_mode_and_vmap_free_views(device):
+def test_inference_mode(device):
     layer = Layer(64, 128, dtype=half_of(device), device=device)
     a = smt.activations(4, 128, dtype=half_of(device), device=device)
     with torch.inference_mode():

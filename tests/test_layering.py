@@ -1,4 +1,4 @@
-"""The one-way data flow of the sources, read from their includes, and the single home of the packed format's numbers."""
+"""The one-way data flow of the sources, read from their includes, and the only home of the packed format's numbers."""
 
 import re
 from pathlib import Path
@@ -90,8 +90,8 @@ def test_the_format_is_stated_once():
         assert _core.FORMAT_NAME not in text, f"{named(path)}: the format's name comes from _core.FORMAT_NAME"
 
 
-def test_only_the_operators_use_the_package_name_in_a_schema():
-    """Schemas stand in csrc/torch/ops.cpp and nowhere else."""
+def test_schemas_have_one_home():
+    """Operators' schemas stand in csrc/torch/ops.cpp, Python's view of the core in csrc/python/core.cpp."""
     for path in SOURCES:
         if "m.def(" in path.read_text(encoding="utf-8"):
             assert named(path) in {"csrc/torch/ops.cpp", "csrc/python/core.cpp"}, named(path)

@@ -1,4 +1,4 @@
-"""Runs the Python tests with the GPU and records what happened in benchmarks/results/gpu_tests.json. Fails without a GPU.
+"""Runs the Python tests with the GPU and records the outcome in benchmarks/results/gpu_tests.json. Fails without a GPU.
 
 Needs no network: the extension must have been built in place. The recorded commit is SPARSE_MARLIN_COMMIT or git's.
 Arguments go to pytest.

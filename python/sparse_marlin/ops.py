@@ -135,9 +135,9 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, weight_packed, scales, group_size, num_bits, _ = inputs
+    a, weight_packed, scales, group_size, num_bits, bias = inputs
     ctx.save_for_backward(weight_packed, scales)
-    ctx.size_k, ctx.group_size, ctx.num_bits = a.shape[-1], group_size, num_bits
+    ctx.size_k, ctx.group_size, ctx.num_bits, ctx.has_bias = a.shape[-1], group_size, num_bits, bias is not None
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -146,7 +146,8 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         # Dequantized for the moment of this product and not kept: the memory of one layer.
         grad_a = grad_out @ dequantize_24(weight_packed, scales, ctx.size_k, ctx.group_size, ctx.num_bits)
-    if ctx.needs_input_grad[5]:
+    # The dispatcher leaves out trailing arguments that equal their defaults, so without a bias there is no sixth input.
+    if ctx.has_bias and ctx.needs_input_grad[5]:
         leading = list(range(grad_out.dim() - 1))
         total = grad_out.float().sum(leading) if leading else grad_out.float()
         grad_bias = total.to(grad_out.dtype)

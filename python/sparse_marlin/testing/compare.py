@@ -50,9 +50,9 @@ def acceptance(
 
     * NaN, +Inf and -Inf must stand exactly where the reference, rounded to the dtype, has them;
     * every element's |got - ref| must be at most 2 * s * max(|base - ref| / s) + floor, with the maximum over all
-      elements of the baseline and floor = eps / 2 * |ref| + eps32 * s + tiny: the one rounding to the dtype that a perfect
-      result has, a float32 rounding of the products (a baseline of few elements can be exact by luck), and the smallest
-      normal number. A mean is nowhere.
+      elements of the baseline and floor = eps / 2 * |ref| + eps32 * s + tiny: the one rounding to the dtype that a
+      perfect result has, a float32 rounding of the products (a baseline of few elements can be exact by luck), and the
+      smallest normal number. A mean is nowhere.
     """
     dtype = got.dtype
     ref = reference(a, codes, scales, group_size, bias)
