@@ -7,6 +7,8 @@
 #if defined(SPARSE_MARLIN_X86)
 #include <immintrin.h>
 
+#include <bit>
+
 #include "cpu/half.h"
 
 #define SPARSE_MARLIN_AVX2 __attribute__((target("avx2,fma,f16c")))
@@ -50,15 +52,12 @@ struct Transposed {
 };
 
 // Four consecutive words of eight rows `row_words` apart, to four vectors of one word of the eight rows.
-SPARSE_MARLIN_AVX2_INLINE void transpose_words(const uint32_t* words, int row_words, __m256i flip, __m256i* out) {
-  const auto load = [](const uint32_t* at) __attribute__((target("avx2,fma,f16c"), always_inline)) {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
-  };
+SPARSE_MARLIN_AVX2_INLINE void transpose_words(const uint32_t* words, int row_words, __m256i* out) {
   __m256i rows[4];  // row i in the low lane, row i + 4 in the high one
   for (int i = 0; i < 4; ++i) {
-    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(load(words + i * row_words)),
-                                                 load(words + (i + 4) * row_words), 1);
-    rows[i] = _mm256_xor_si256(both, flip);
+    const auto* low = reinterpret_cast<const __m128i*>(words + i * row_words);
+    const auto* high = reinterpret_cast<const __m128i*>(words + (i + 4) * row_words);
+    rows[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(low)), _mm_loadu_si128(high), 1);
   }
   const __m256i low01 = _mm256_unpacklo_epi32(rows[0], rows[1]), low23 = _mm256_unpacklo_epi32(rows[2], rows[3]);
   const __m256i high01 = _mm256_unpackhi_epi32(rows[0], rows[1]), high23 = _mm256_unpackhi_epi32(rows[2], rows[3]);
@@ -70,26 +69,42 @@ SPARSE_MARLIN_AVX2_INLINE void transpose_words(const uint32_t* words, int row_wo
 
 template <int kBits>
 SPARSE_MARLIN_AVX2_INLINE void transpose(const uint32_t* slice, Transposed<kBits>& out) {
-  // Flipping the top bit of every biased code makes it two's complement.
-  const __m256i flip = _mm256_set1_epi32(static_cast<int>(kBits == 4 ? 0x88888888u : 0x80808080u));
   for (int plane = 0; plane < Transposed<kBits>::kPlanes; ++plane) {
     for (int word = 0; word < kRowCodeWords; word += 4) {
-      transpose_words(slice + plane * kPlaneWords + word, kRowCodeWords, flip,
-                      out.codes + plane * kRowCodeWords + word);
+      transpose_words(slice + plane * kPlaneWords + word, kRowCodeWords, out.codes + plane * kRowCodeWords + word);
     }
   }
   for (int word = 0; word < kRowMetaWords; word += 4) {
-    transpose_words(slice + slice_code_words(kBits) + word, kRowMetaWords, _mm256_setzero_si256(), out.meta + word);
+    transpose_words(slice + slice_code_words(kBits) + word, kRowMetaWords, out.meta + word);
   }
 }
 
-// Kept value `kept` of rows 8 * half .. + 7, unscaled. The arguments are constants after unrolling.
+// Codes are taken out of their words where they lie, in one half of the word or the other: multiplied by 2^field.
+constexpr int kFieldBits = kWordBits / 2;
+template <int kBits>
+constexpr int field_of(int half, int kept) {
+  return code_location(half * kHalfRows, kept, kBits).shift % kFieldBits;
+}
+
+SPARSE_MARLIN_AVX2_INLINE __m256 power_of_two(int exponent) {
+  return _mm256_castsi256_ps(_mm256_set1_epi32((127 + exponent) << 23));
+}
+
+// Kept value `kept` of rows 8 * half .. + 7, times 2^field_of(half, kept). The arguments are constants after unrolling.
+// A float of 2^23 counts in ones: a stored code put into its low bits is added to it, and subtracting 2^23 and the bias
+// leaves the code. Three instructions for almost any port, where moving the code to the top of its word and back, to
+// extend its sign, competes with the permutation and the shift of the metadata for two ports.
 template <int kBits>
 SPARSE_MARLIN_AVX2_INLINE __m256 code_vector(const Transposed<kBits>& slice, int half, int kept) {
+  static_assert(kFieldBits <= 23);
+  constexpr float kOnes = 0x1p23f;
   const Location at = code_location(half * kHalfRows, kept, kBits);
+  const int field = field_of<kBits>(half, kept);
   const __m256i words = slice.codes[at.word / kPlaneWords * kRowCodeWords + at.word % kPlaneWords];
-  const __m256i top = _mm256_slli_epi32(words, kWordBits - kBits - at.shift);
-  return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, kWordBits - kBits));
+  const __m256i half_words = at.shift < kFieldBits ? words : _mm256_srli_epi32(words, kFieldBits);
+  const __m256i stored = _mm256_and_si256(half_words, _mm256_set1_epi32(((1 << kBits) - 1) << field));
+  const __m256 code = _mm256_castsi256_ps(_mm256_or_si256(stored, _mm256_set1_epi32(std::bit_cast<int>(kOnes))));
+  return _mm256_sub_ps(code, _mm256_set1_ps(kOnes + static_cast<float>(encode(0, kBits) << field)));
 }
 
 // The column of the same inside its quad, in the low two bits.
@@ -111,10 +126,10 @@ SPARSE_MARLIN_AVX2_INLINE void decode_step(const Transposed<kBits>& slice, const
     const __m256 scale = _mm256_loadu_ps(scales + half * kHalfRows);
 #pragma GCC unroll 16
     for (int i = 0; i < kStepKept; ++i) {
-      const int kept = kStep * kStepKept + i;
-      _mm256_store_ps(&out.weights[kept][half * kHalfRows], _mm256_mul_ps(code_vector(slice, half, kept), scale));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(&out.columns[kept][half * kHalfRows]),
-                         column_vector(slice, half, kept));
+      const int kept = kStep * kStepKept + i, row = half * kHalfRows;
+      const __m256 factor = _mm256_mul_ps(scale, power_of_two(-field_of<kBits>(half, kept)));  // a few distinct ones
+      _mm256_store_ps(&out.weights[kept][row], _mm256_mul_ps(code_vector(slice, half, kept), factor));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(&out.columns[kept][row]), column_vector(slice, half, kept));
     }
   }
 }
@@ -134,30 +149,36 @@ void decode(const uint32_t* slice, int num_bits, StepScales scales, DecodedSlice
   num_bits == 4 ? decode_bits<4>(slice, scales, out) : decode_bits<8>(slice, scales, out);
 }
 
-// One step of one token: codes are summed first and scaled once, since a step has one scale a row.
+// One step of one token: codes are summed first and scaled once, since a step has one scale a row. Each half has two
+// sums, one for each power of two that its codes come multiplied by.
 template <int kBits, int kStep>
 SPARSE_MARLIN_AVX2_INLINE void multiply_one_step(const Transposed<kBits>& slice, const float* scales, const float* acts,
                                                  __m256 (&sums)[kHalves]) {
-  __m256 partial[kHalves][kKeptPerQuad] = {{_mm256_setzero_ps(), _mm256_setzero_ps()},
-                                           {_mm256_setzero_ps(), _mm256_setzero_ps()}};
+  constexpr int kSums = 2, kSumBits = kFieldBits / kSums;
+  __m256 partial[kHalves][kSums] = {{_mm256_setzero_ps(), _mm256_setzero_ps()},
+                                    {_mm256_setzero_ps(), _mm256_setzero_ps()}};
 #pragma GCC unroll 8
   for (int q = 0; q < kStepQuads; ++q) {
-    const int quad = kStep * kStepQuads + q;
+    // Quads t and t + 4 one after the other: with 4-bit codes they share a word.
+    const int quad = kStep * kStepQuads + q % 2 * (kStepQuads / 2) + q / 2;
     const __m256 x = load_quad(acts + quad * kQuad);
 #pragma GCC unroll 2
     for (int half = 0; half < kHalves; ++half) {
 #pragma GCC unroll 2
       for (int i = 0; i < kKeptPerQuad; ++i) {
         const int kept = quad * kKeptPerQuad + i;
+        __m256& sum = partial[half][field_of<kBits>(half, kept) / kSumBits];
         const __m256 mine = _mm256_permutevar_ps(x, column_vector(slice, half, kept));
-        partial[half][i] = _mm256_fmadd_ps(code_vector(slice, half, kept), mine, partial[half][i]);
+        sum = _mm256_fmadd_ps(code_vector(slice, half, kept), mine, sum);
       }
     }
   }
 #pragma GCC unroll 2
   for (int half = 0; half < kHalves; ++half) {
-    const __m256 step = _mm256_add_ps(partial[half][0], partial[half][1]);
-    sums[half] = _mm256_fmadd_ps(step, _mm256_loadu_ps(scales + half * kHalfRows), sums[half]);
+    const int rest = field_of<kBits>(half, 0) % kSumBits;
+    const __m256 step = _mm256_fmadd_ps(partial[half][1], power_of_two(-kSumBits), partial[half][0]);
+    const __m256 scale = _mm256_mul_ps(_mm256_loadu_ps(scales + half * kHalfRows), power_of_two(-rest));
+    sums[half] = _mm256_fmadd_ps(step, scale, sums[half]);
   }
 }
 
