@@ -132,35 +132,67 @@ def _(
 
 
 # --- gradient ---------------------------------------------------------------------------------------------------------
+# Not torch.library.register_autograd: its kernel is general, and inference without inference_mode passes through it at
+# every call, which costs more than the dispatch of the operator itself. This one does the least that it must.
+
+_library = torch.library.Library("sparse_marlin", "IMPL")
+_gemm = _ops.sparse_marlin_gemm.default
+_after_autograd = torch._C._after_autograd_keyset
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, weight_packed, scales, group_size, num_bits, bias = inputs
-    ctx.save_for_backward(weight_packed, scales)
-    ctx.size_k, ctx.group_size, ctx.num_bits, ctx.has_bias = a.shape[-1], group_size, num_bits, bias is not None
+class _Gemm(torch.autograd.Function):
+    """The multiplication with its gradient for `a` and `bias`; the packed weight is frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        keyset: Any,
+        a: Tensor,
+        weight_packed: Tensor,
+        scales: Tensor,
+        group_size: int,
+        num_bits: int,
+        bias: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(weight_packed, scales)
+        ctx.size_k, ctx.group_size, ctx.num_bits = a.shape[-1], group_size, num_bits
+        with torch._C._AutoDispatchBelowAutograd():
+            return _gemm.redispatch(keyset & _after_autograd, a, weight_packed, scales, group_size, num_bits, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        weight_packed, scales = ctx.saved_tensors
+        grad_a = grad_bias = None
+        if ctx.needs_input_grad[1]:
+            # Dequantized for the moment of this product and not kept: the memory of one layer.
+            grad_a = grad_out @ dequantize_24(weight_packed, scales, ctx.size_k, ctx.group_size, ctx.num_bits)
+        if ctx.needs_input_grad[6]:
+            leading = list(range(grad_out.dim() - 1))
+            total = grad_out.float().sum(leading) if leading else grad_out
+            grad_bias = total.to(grad_out.dtype)
+        return None, grad_a, None, None, None, None, grad_bias
 
 
-def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    weight_packed, scales = ctx.saved_tensors
-    grad_a = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        # Dequantized for the moment of this product and not kept: the memory of one layer.
-        grad_a = grad_out @ dequantize_24(weight_packed, scales, ctx.size_k, ctx.group_size, ctx.num_bits)
-    # The dispatcher leaves out trailing arguments that equal their defaults, so without a bias there is no sixth input.
-    if ctx.has_bias and ctx.needs_input_grad[5]:
-        leading = list(range(grad_out.dim() - 1))
-        total = grad_out.float().sum(leading) if leading else grad_out.float()
-        grad_bias = total.to(grad_out.dtype)
-    return grad_a, None, None, None, None, grad_bias
+# The dispatcher leaves out trailing arguments that equal their defaults.
+def _autograd_kernel(
+    keyset: Any,
+    a: Tensor,
+    weight_packed: Tensor,
+    scales: Tensor,
+    group_size: int = 128,
+    num_bits: int = 4,
+    bias: Tensor | None = None,
+) -> Tensor:
+    if torch.is_grad_enabled() and (a.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Gemm.apply(keyset, a, weight_packed, scales, group_size, num_bits, bias)
+    return _gemm.redispatch(keyset & _after_autograd, a, weight_packed, scales, group_size, num_bits, bias)
 
 
-torch.library.register_autograd("sparse_marlin::sparse_marlin_gemm", _backward, setup_context=_save_for_backward)
+_library.impl("sparse_marlin_gemm", _autograd_kernel, "Autograd", with_keyset=True)
 
 
 # --- autocast ---------------------------------------------------------------------------------------------------------
 # torch.library.register_autocast fixes the dtype at registration; F.linear follows the autocast region's, and so do we.
-
-_library = torch.library.Library("sparse_marlin", "IMPL")
 
 
 def _autocast_kernel(device_type: str, key: str) -> None:
