@@ -13,6 +13,10 @@
 #include "cpu/half.h"
 #include "cpu/kernels.h"
 
+#if defined(SPARSE_MARLIN_X86)
+#include <cpuid.h>
+#endif
+
 namespace sparse_marlin {
 namespace {
 
@@ -164,6 +168,14 @@ void run_pass(const Pass& pass, const ParallelFor& parallel_for) {
   });
 }
 
+#if defined(SPARSE_MARLIN_X86)
+// Not among the names that every compiler's __builtin_cpu_supports knows.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 }  // namespace
 
 bool cpu_isa_available(CpuIsa isa) {
@@ -171,8 +183,7 @@ bool cpu_isa_available(CpuIsa isa) {
     case CpuIsa::kBest:
     case CpuIsa::kPortable: return true;
 #if defined(SPARSE_MARLIN_X86)
-    case CpuIsa::kAvx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    case CpuIsa::kAvx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     case CpuIsa::kAvx512: return cpu_isa_available(CpuIsa::kAvx2) && __builtin_cpu_supports("avx512f");
 #endif
     default: return false;

@@ -201,16 +201,14 @@ void multiply_one(const uint32_t* slice, int num_bits, StepScales scales, const 
   num_bits == 4 ? multiply_one_bits<4>(slice, scales, acts, sums) : multiply_one_bits<8>(slice, scales, acts, sums);
 }
 
-// `kTokens` tokens by kHalvesAtOnce vectors of rows: the accumulators, the weights and the columns fit the 16
-// registers.
+// `kTokens` tokens by kHalvesAtOnce vectors of rows: the sums, the weights and the columns fit the 16 registers. Few
+// tokens have too few sums to hide the latency of an addition, so first and second values are summed apart.
 template <int kTokens, int kHalvesAtOnce>
 SPARSE_MARLIN_AVX2_INLINE void multiply_block(const DecodedSlice& slice, int half0, const float* acts, float* sums) {
-  __m256 partial[kTokens][kHalvesAtOnce];
+  constexpr int kChains = kTokens <= 2 ? kKeptPerQuad : 1;
+  __m256 partial[kTokens * kHalvesAtOnce * kChains];
 #pragma GCC unroll 8
-  for (int t = 0; t < kTokens; ++t) {
-#pragma GCC unroll 2
-    for (int h = 0; h < kHalvesAtOnce; ++h) partial[t][h] = _mm256_setzero_ps();
-  }
+  for (__m256& p : partial) p = _mm256_setzero_ps();
   for (int quad = 0; quad < kSliceQuads; ++quad) {
     __m256 weights[kHalvesAtOnce][kKeptPerQuad];
     __m256i columns[kHalvesAtOnce][kKeptPerQuad];
@@ -230,7 +228,8 @@ SPARSE_MARLIN_AVX2_INLINE void multiply_block(const DecodedSlice& slice, int hal
       for (int h = 0; h < kHalvesAtOnce; ++h) {
 #pragma GCC unroll 2
         for (int i = 0; i < kKeptPerQuad; ++i) {
-          partial[t][h] = _mm256_fmadd_ps(weights[h][i], _mm256_permutevar_ps(x, columns[h][i]), partial[t][h]);
+          __m256& p = partial[(t * kHalvesAtOnce + h) * kChains + i % kChains];
+          p = _mm256_fmadd_ps(weights[h][i], _mm256_permutevar_ps(x, columns[h][i]), p);
         }
       }
     }
@@ -239,8 +238,10 @@ SPARSE_MARLIN_AVX2_INLINE void multiply_block(const DecodedSlice& slice, int hal
   for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 2
     for (int h = 0; h < kHalvesAtOnce; ++h) {
+      const __m256* p = &partial[(t * kHalvesAtOnce + h) * kChains];
       float* sum = sums + t * kSliceRows + (half0 + h) * kHalfRows;
-      _mm256_storeu_ps(sum, _mm256_add_ps(_mm256_loadu_ps(sum), partial[t][h]));
+      const __m256 slice_sum = kChains == 1 ? p[0] : _mm256_add_ps(p[0], p[kChains - 1]);
+      _mm256_storeu_ps(sum, _mm256_add_ps(_mm256_loadu_ps(sum), slice_sum));
     }
   }
 }
