@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import logging as stdlib_logging
 import os
 import subprocess
 import sys
@@ -96,7 +97,7 @@ def load_model(
                 )
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         except (OSError, KeyError, ImportError, ValueError) as error:
-            raise RuntimeError(f"{source or DEMO_NAME}: could not be loaded: {_first_line(error)}") from error
+            raise RuntimeError(_why_not_loaded(str(source or DEMO_NAME), error)) from error
     model.requires_grad_(False)
     tokenizer.clean_up_tokenization_spaces = False  # it would eat the space before punctuation
     name = DEMO_NAME if source is None else str(source)
@@ -113,7 +114,7 @@ def meta_model(source: str) -> nn.Module:
             with torch.device("meta"):
                 model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
         except (OSError, KeyError, ImportError, ValueError) as error:
-            raise RuntimeError(f"{source}: could not be loaded: {_first_line(error)}") from error
+            raise RuntimeError(_why_not_loaded(source, error)) from error
     return model
 
 
@@ -251,6 +252,9 @@ def _quiet_transformers() -> Iterator[None]:
     except ImportError:
         yield
         return
+    hub = stdlib_logging.getLogger("huggingface_hub")  # reports every retry
+    hub_level = hub.level
+    hub.setLevel(stdlib_logging.ERROR)
     verbosity = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -258,6 +262,7 @@ def _quiet_transformers() -> Iterator[None]:
     try:
         yield
     finally:
+        hub.setLevel(hub_level)
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
@@ -271,5 +276,7 @@ def _no_gguf_bar() -> Iterator[None]:
         yield
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _why_not_loaded(source: str, error: BaseException) -> str:
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    remedy = "" if Path(source).expanduser().exists() else "; check the name and the network, or pass a local directory"
+    return f"{source}: could not be loaded: {first.rstrip('.')}{remedy}"
