@@ -34,9 +34,9 @@ def dump(*arguments: str) -> str:
 
 @needs_cuda_build
 def test_the_stated_architectures_are_there():
-    native = set(re.findall(r"\.(sm_\w+)\.cubin", dump("--list-elf")))
-    ptx = {name.replace("sm_", "compute_") for name in re.findall(r"\.(sm_\w+)\.ptx", dump("--list-ptx"))}
-    assert native | ptx == set(ARCHITECTURES)
+    entries = re.findall(r"Fatbin (elf|ptx) code:\n=+\narch = sm_(\w+)", dump())
+    found = {("sm_" if kind == "elf" else "compute_") + number for kind, number in entries}
+    assert found == set(ARCHITECTURES)
 
 
 @needs_cuda_build

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <stdexcept>
+#include <vector>
 
 namespace sparse_marlin {
 namespace {
@@ -43,13 +44,14 @@ void expect_weight_shape(const Arg& weight, int64_t n, int64_t k, int64_t num_bi
          std::to_string(k));
   }
   expect_shape(weight, {format::row_tiles(n), format::packed_row_words(k, bits)},
-               "for " + sizes_text(n, k, num_bits) + " (what pack_24_weights returned)");
+               [=] { return "for " + sizes_text(n, k, num_bits) + " (what pack_24_weights returned)"; });
 }
 
 void expect_scales_shape(const Arg& scales, int64_t n, int64_t k, int64_t group_size) {
-  expect_shape(scales, {num_groups(k, group_size), n},
-               "(groups, N) for N=" + std::to_string(n) + ", K=" + std::to_string(k) +
-                   ", group_size=" + std::to_string(group_size));
+  expect_shape(scales, {num_groups(k, group_size), n}, [=] {
+    return "(groups, N) for N=" + std::to_string(n) + ", K=" + std::to_string(k) +
+           ", group_size=" + std::to_string(group_size);
+  });
 }
 
 WeightType weight_type(ScalarType type) {
@@ -92,7 +94,7 @@ GemmCall gemm_call(const Tensor& a, const Tensor& weight_packed, const Tensor& s
     const Arg offset{kGemmOp, "bias", *bias};
     expect_device_of(offset, acts);
     expect_dtype_of(offset, acts);
-    expect_shape(offset, {n}, "(one value an out feature)");
+    expect_shape(offset, {n}, [] { return "(one value an out feature)"; });
   }
   const int64_t m = a.numel() / k;
   if (m > kMaxTokens) fail(kGemmOp, "a", "at most " + std::to_string(kMaxTokens) + " tokens (M)", std::to_string(m));
@@ -157,7 +159,7 @@ UnpackCall unpack_call(const Tensor& weight_packed, int64_t size_n, int64_t size
   expect_in_features(kUnpackOp, "size_k", size_k);
   const int bits = static_cast<int>(num_bits);
   expect_shape(packed, {format::row_tiles(size_n), format::packed_row_words(size_k, bits)},
-               "for " + sizes_text(size_n, size_k, num_bits) + " (what pack_24_weights returned)");
+               [=] { return "for " + sizes_text(size_n, size_k, num_bits) + " (what pack_24_weights returned)"; });
 
   UnpackCall call{};
   call.packed = packed_rows(weight_packed);

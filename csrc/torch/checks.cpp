@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace sparse_marlin {
@@ -46,7 +47,7 @@ std::string dtype_text(ScalarType type) {
 }
 
 std::string shape_text(const Tensor& tensor) { return join(tensor.sizes()); }
-std::string shape_text(const std::vector<int64_t>& shape) { return join(shape); }
+std::string shape_text(std::initializer_list<int64_t> shape) { return join(shape); }
 
 std::string device_text(const Tensor& tensor) {
   if (tensor.is_cpu()) return "cpu";
@@ -55,13 +56,12 @@ std::string device_text(const Tensor& tensor) {
                           : type + std::to_string(tensor.get_device_index());
 }
 
-void expect_dtype(const Arg& arg, std::initializer_list<ScalarType> allowed, const std::string& remedy) {
+void expect_dtype(const Arg& arg, std::initializer_list<ScalarType> allowed, const char* remedy) {
   const ScalarType got = arg.tensor.scalar_type();
-  std::string names;
-  for (const ScalarType type : allowed) {
+  for (const ScalarType type : allowed)
     if (type == got) return;
-    names += (names.empty() ? "" : " or ") + dtype_text(type);
-  }
+  std::string names;
+  for (const ScalarType type : allowed) names += (names.empty() ? "" : " or ") + dtype_text(type);
   fail(arg.op, arg.name, "dtype " + names, dtype_text(got), remedy);
 }
 
@@ -85,10 +85,13 @@ void expect_dims(const Arg& arg, int64_t dims, const char* meaning) {
   fail(arg.op, arg.name, std::to_string(dims) + " dimensions " + meaning, "shape " + shape_text(arg.tensor));
 }
 
-void expect_shape(const Arg& arg, const std::vector<int64_t>& shape, const std::string& meaning) {
-  bool same = arg.tensor.dim() == static_cast<int64_t>(shape.size());
-  for (size_t i = 0; same && i < shape.size(); ++i) same = arg.tensor.size(static_cast<int64_t>(i)) == shape[i];
-  if (!same) fail(arg.op, arg.name, "shape " + shape_text(shape) + " " + meaning, shape_text(arg.tensor));
+bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> shape) {
+  const auto sizes = tensor.sizes();
+  return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
+}
+
+void fail_shape(const Arg& arg, std::initializer_list<int64_t> shape, const std::string& meaning) {
+  fail(arg.op, arg.name, "shape " + shape_text(shape) + " " + meaning, shape_text(arg.tensor));
 }
 
 void expect_num_bits(const char* op, int64_t num_bits) {

@@ -6,7 +6,6 @@
 
 #include <initializer_list>
 #include <string>
-#include <vector>
 
 #include "format/problem.h"
 
@@ -29,14 +28,21 @@ struct Arg {
 // As Python writes them: "float16", "[2, 3]", "cuda:0".
 std::string dtype_text(ScalarType type);
 std::string shape_text(const Tensor& tensor);
-std::string shape_text(const std::vector<int64_t>& shape);
+std::string shape_text(std::initializer_list<int64_t> shape);
 std::string device_text(const Tensor& tensor);
 
-void expect_dtype(const Arg& arg, std::initializer_list<ScalarType> allowed, const std::string& remedy = "");
+void expect_dtype(const Arg& arg, std::initializer_list<ScalarType> allowed, const char* remedy = "");
 void expect_dtype_of(const Arg& arg, const Arg& other);
 void expect_device_of(const Arg& arg, const Arg& other);
 void expect_dims(const Arg& arg, int64_t dims, const char* meaning);
-void expect_shape(const Arg& arg, const std::vector<int64_t>& shape, const std::string& meaning);
+bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> shape);
+[[noreturn]] void fail_shape(const Arg& arg, std::initializer_list<int64_t> shape, const std::string& meaning);
+// `meaning` returns the text that explains the numbers: composed only when it is needed, since this is on every call's
+// path.
+template <class Meaning>
+void expect_shape(const Arg& arg, std::initializer_list<int64_t> shape, const Meaning& meaning) {
+  if (!has_shape(arg.tensor, shape)) fail_shape(arg, shape, meaning());
+}
 
 void expect_num_bits(const char* op, int64_t num_bits);
 void expect_group_size(const char* op, int64_t group_size);
