@@ -12,9 +12,9 @@
 
 namespace sparse_marlin::device {
 
-// How often a group of scales ends: after whole tiles (group sizes 128 and 256; channelwise is scaled in the epilogue) or after
-// steps inside a tile (32, 64).
-enum class ScaleMode : int { kTiles, kSteps };
+// Where a group of scales ends: nowhere in the main loop (channelwise, scaled by the epilogue), after whole tiles (group sizes 128
+// and 256), after steps inside a tile (32, 64).
+enum class ScaleMode : int { kNone, kTiles, kSteps };
 
 template <typename Act, int kBits, Tile kTile, ScaleMode kMode>
 struct Mainloop {
@@ -22,7 +22,8 @@ struct Mainloop {
   static constexpr int kTokenBlocks = kTile.warp_m() / kMmaTokens;     // of one warp
   static constexpr int kSliceBytes = format::slice_bytes(kBits);
   static constexpr int kPlanes = kBits / 4;                            // 16-byte words of codes a lane and slice
-  static constexpr bool kScaleSums = kSlices * kTokenBlocks <= 4;  // more would not fit the registers
+  static constexpr bool kScaled = kMode != ScaleMode::kNone;
+  static constexpr bool kScaleSums = kScaled && kSlices * kTokenBlocks <= 4;  // more would not fit the registers
   static constexpr bool kAllRows = kTile.block_m > kPartialRows;       // shared memory holds every token of the block
   using Copy = Copies<kBits, kTile>;
   using Codes = Dequant<Act, kBits>;
@@ -34,6 +35,17 @@ struct Mainloop {
     int lane;
     int row0;    // first feature of the warp in the block
     int token0;  // first token of the warp in the block
+  };
+  using Weights = ptx::FragA[kSlices];
+  struct Scales {  // as stored, in the low half
+    uint32_t low[kSlices];   // row g
+    uint32_t high[kSlices];  // row g + 8
+  };
+  struct Places {  // of this lane, bytes from the start of a stage
+    uint32_t codes;
+    uint32_t meta;
+    uint32_t scales;
+    uint32_t tokens[kTokenBlocks];
   };
   struct Tiles {  // of one column tile and warp, in registers
     uint4 codes[kSlices][kPlanes];
@@ -47,16 +59,17 @@ struct Mainloop {
   const WarpPlace warp;
   const int team;
 
-  // All copies but the newest `pending` groups have arrived. The instruction takes a constant.
+  // All copies but the newest `pending` groups have arrived. The instruction takes a constant; a switch would become a jump table.
   static __device__ __forceinline__ void wait_copies(int pending) {
-    switch (pending) {
-      case 0: ptx::cp_async_wait<0>(); break;
-      case 1: ptx::cp_async_wait<1>(); break;
-      case 2: ptx::cp_async_wait<2>(); break;
-      case 3: ptx::cp_async_wait<3>(); break;
-      case 4: ptx::cp_async_wait<4>(); break;
-      case 5: ptx::cp_async_wait<5>(); break;
-      default: ptx::cp_async_wait<kMaxStages - 2>(); break;
+    static_assert(kMaxStages - 2 == 3);
+    if (pending == 1) {
+      ptx::cp_async_wait<1>();
+    } else if (pending == 2) {
+      ptx::cp_async_wait<2>();
+    } else if (pending == 0) {
+      ptx::cp_async_wait<0>();
+    } else {
+      ptx::cp_async_wait<3>();
     }
   }
   __device__ __forceinline__ void team_sync() const {
@@ -69,17 +82,16 @@ struct Mainloop {
     }
   }
 
-  __device__ __forceinline__ Tiles load_tiles(uint32_t stage) const {
+  __device__ __forceinline__ Tiles load_tiles(uint32_t stage, const Places& places) const {
     Tiles t;
-    const uint32_t at = stage + warp.row0 / format::kSliceRows * kSliceBytes;
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {
+      constexpr int kCodeBytes = format::slice_code_words(kBits) * format::kWordBytes;
 #pragma unroll
       for (int p = 0; p < kPlanes; ++p) {
-        t.codes[s][p] = ptx::load_shared_v4(at + s * kSliceBytes + (p * format::kLanes + warp.lane) * int{sizeof(uint4)});
+        t.codes[s][p] = ptx::load_shared_v4(stage + places.codes + s * kSliceBytes + p * format::kLanes * int{sizeof(uint4)});
       }
-      t.meta[s] = ptx::load_shared_v2(at + s * kSliceBytes + format::slice_code_words(kBits) * format::kWordBytes +
-                                      warp.lane * int{sizeof(uint2)});
+      t.meta[s] = ptx::load_shared_v2(stage + places.meta + s * kSliceBytes + kCodeBytes);
     }
     return t;
   }
@@ -97,22 +109,20 @@ struct Mainloop {
   }
 
   // The lane's two scales of every slice for the group that holds `step`, as stored.
-  __device__ __forceinline__ void load_scales(uint32_t (&low)[kSlices], uint32_t (&high)[kSlices], uint32_t stage, int step) const {
+  __device__ __forceinline__ void load_scales(Scales& scales, uint32_t stage, const Places& places, int step) const {
     const int row = kMode == ScaleMode::kTiles ? 0 : rows_of_scales * step / format::kSliceSteps;
-    const uint32_t at =
-        copies.scales_at(stage) + (row * kTile.block_n + warp.row0 + warp.lane / format::kLanesPerRow) * kActBytes;
+    const uint32_t at = stage + places.scales + row * kTile.block_n * kActBytes;
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {
-      low[s] = ptx::load_shared_16(at + s * format::kSliceRows * kActBytes);
-      high[s] = ptx::load_shared_16(at + (s * format::kSliceRows + format::kHalfRows) * kActBytes);
+      scales.low[s] = ptx::load_shared_16(at + s * format::kSliceRows * kActBytes);
+      scales.high[s] = ptx::load_shared_16(at + (s * format::kSliceRows + format::kHalfRows) * kActBytes);
     }
   }
 
-  static __device__ __forceinline__ void add_scaled(Sums& sums, const Sums& group, const uint32_t (&low)[kSlices],
-                                                    const uint32_t (&high)[kSlices]) {
+  static __device__ __forceinline__ void add_scaled(Sums& sums, const Sums& group, const Scales& scales) {
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {
-      const float a = Pair<Act>::to_float(low[s]), b = Pair<Act>::to_float(high[s]);
+      const float a = Pair<Act>::to_float(scales.low[s]), b = Pair<Act>::to_float(scales.high[s]);
 #pragma unroll
       for (int q = 0; q < kTokenBlocks; ++q) {
         float(&to)[4] = sums.d[s][q].reg;
@@ -125,62 +135,83 @@ struct Mainloop {
     }
   }
 
-  // One step: kSlices x kTokenBlocks MMAs.
-  __device__ __forceinline__ void step_mma(Sums& sums, const ptx::FragA (&w)[kSlices], const Tiles& t,
-                                           const uint32_t (&token_at)[kTokenBlocks], int step) const {
+  // Activations go from shared memory to registers a chunk of token blocks ahead of the MMAs that use them.
+  static constexpr int kChunkBlocks = kTokenBlocks > 1 ? kTokenBlocks / 2 : 1;
+  static constexpr int kStepChunks = kTokenBlocks / kChunkBlocks;
+  static constexpr int kChunks = kStepChunks * format::kSliceSteps;
+  using Chunk = ptx::FragB[kChunkBlocks];
+
+  __device__ __forceinline__ void load_chunk(Chunk& x, const uint32_t (&token_at)[kTokenBlocks], int chunk) const {
+    // chunk 4 step + j of a row lies at 16 * ((4 step + j) ^ swizzle) = 64 step ^ 16 * (j ^ swizzle)
+    const int step_bytes = chunk / kStepChunks * (kActRowBytes / format::kSliceSteps);
 #pragma unroll
-    for (int q = 0; q < kTokenBlocks; ++q) {
-      // chunk 4 step + j of a row lies at 16 * ((4 step + j) ^ swizzle) = 64 step ^ 16 * (j ^ swizzle)
-      constexpr int kStepBytes = kActRowBytes / format::kSliceSteps;
-      const ptx::FragB x = kAllRows ? ptx::ldmatrix_x4((token_at[0] ^ (step * kStepBytes)) + q * kMmaTokens * kActRowBytes)
-                                    : ptx::ldmatrix_x4(token_at[q] ^ (step * kStepBytes));
+    for (int i = 0; i < kChunkBlocks; ++i) {
+      const int q = chunk % kStepChunks * kChunkBlocks + i;
+      x[i] = kAllRows ? ptx::ldmatrix_x4((token_at[0] ^ step_bytes) + q * kMmaTokens * kActRowBytes)
+                      : ptx::ldmatrix_x4(token_at[q] ^ step_bytes);
+    }
+  }
+
+  __device__ __forceinline__ void mma_block(Sums& sums, const Weights& w, const Tiles& t, const ptx::FragB& x, int step,
+                                            int q) const {
 #pragma unroll
-      for (int s = 0; s < kSlices; ++s) {
-        // here problem space becomes instruction space: weights are the sparse operand a, activations are b
-        const uint32_t e = step < 2 ? t.meta[s].x : t.meta[s].y;
-        if (step % 2 == 0) {
-          ptx::mma_sp<Act, 0>(sums.d[s][q], w[s], x, e);
-        } else {
-          ptx::mma_sp<Act, 1>(sums.d[s][q], w[s], x, e);
-        }
+    for (int s = 0; s < kSlices; ++s) {
+      // here problem space becomes instruction space: weights are the sparse operand a, activations are b
+      const uint32_t e = step < 2 ? t.meta[s].x : t.meta[s].y;
+      if (step % 2 == 0) {
+        ptx::mma_sp<Act, 0>(sums.d[s][q], w[s], x, e);
+      } else {
+        ptx::mma_sp<Act, 1>(sums.d[s][q], w[s], x, e);
       }
     }
   }
 
-  // One column tile, in `stage`; meanwhile another is sent to `fill` (unless there is none left), part by part.
-  __device__ __forceinline__ void multiply(Sums& sums, const uint32_t (&token_offset)[kTokenBlocks], uint32_t stage, uint32_t fill,
-                                           bool more) const {
-    const Tiles t = load_tiles(stage);
-    uint32_t low[kSlices], high[kSlices];
-    if (kMode == ScaleMode::kSteps || rows_of_scales != 0) {
-      load_scales(low, high, stage, 0);
-    } else {  // channelwise: the epilogue scales
-#pragma unroll
-      for (int s = 0; s < kSlices; ++s) low[s] = high[s] = Pair<Act>::kOne & 0xffff;
+  __device__ __forceinline__ void dequantize_slice(Weights& w, const Tiles& t, const Scales& scales, int step, int s) const {
+    w[s] = dequantize(t.codes[s], step);
+    if (kScaled && !kScaleSums) {
+      apply_scales<Act>(w[s], {Pair<Act>::broadcast(scales.low[s]), Pair<Act>::broadcast(scales.high[s])});
     }
+  }
+
+  // One column tile, in `stage`; meanwhile another is sent to `fill` (unless there is none left), part by part, and the weights of
+  // the next step are dequantized between the MMAs of this one: the tensor cores take 8 cycles for an MMA, time for a few others.
+  __device__ __forceinline__ void multiply(Sums& sums, const Places& places, uint32_t stage, uint32_t fill, bool more) const {
+    const Tiles t = load_tiles(stage, places);
+    Scales scales;
+    if (kScaled) load_scales(scales, stage, places, 0);
     uint32_t token_at[kTokenBlocks];
 #pragma unroll
-    for (int q = 0; q < kTokenBlocks; ++q) token_at[q] = Copy::acts_at(stage) + token_offset[q];
+    for (int q = 0; q < kTokenBlocks; ++q) token_at[q] = stage + places.tokens[q];
     Sums group = {};
+    Chunk x[2];
+    load_chunk(x[0], token_at, 0);
+    Weights w[2];
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) dequantize_slice(w[0], t, scales, 0, s);
 #pragma unroll
     for (int step = 0; step < format::kSliceSteps; ++step) {
-      if (kMode == ScaleMode::kSteps && step > 0) {
-        if (kScaleSums) {
-          add_scaled(sums, group, low, high);
-          group = {};
-        }
-        load_scales(low, high, stage, step);
+      constexpr bool kNewGroups = kMode == ScaleMode::kSteps;
+      if (kNewGroups && kScaleSums && step > 0) {
+        add_scaled(sums, group, scales);
+        group = {};
+        load_scales(scales, stage, places, step);
       }
-      ptx::FragA w[kSlices];
-#pragma unroll
-      for (int s = 0; s < kSlices; ++s) {
-        w[s] = dequantize(t.codes[s], step);
-        if (!kScaleSums) apply_scales<Act>(w[s], {Pair<Act>::broadcast(low[s]), Pair<Act>::broadcast(high[s])});
-      }
+      if (kNewGroups && !kScaleSums && step + 1 < format::kSliceSteps) load_scales(scales, stage, places, step + 1);
       if (more) copies.copy_part(fill, step);
-      step_mma(kScaleSums ? group : sums, w, t, token_at, step);
+#pragma unroll
+      for (int q = 0; q < kTokenBlocks; ++q) {
+        const int chunk = step * kStepChunks + q / kChunkBlocks;
+        if (q % kChunkBlocks == 0 && chunk + 1 < kChunks) load_chunk(x[(chunk + 1) % 2], token_at, chunk + 1);
+        mma_block(kScaleSums ? group : sums, w[step % 2], t, x[chunk % 2][q % kChunkBlocks], step, q);
+        if (step + 1 < format::kSliceSteps) {
+#pragma unroll
+          for (int s = q * kSlices / kTokenBlocks; s < (q + 1) * kSlices / kTokenBlocks; ++s) {
+            dequantize_slice(w[(step + 1) % 2], t, scales, step + 1, s);
+          }
+        }
+      }
     }
-    if (kScaleSums) add_scaled(sums, group, low, high);
+    if (kScaleSums) add_scaled(sums, group, scales);
   }
 
   // `count` column tiles.
@@ -192,23 +223,34 @@ struct Mainloop {
       if (i < count) copies.copy_stage(fill);
       ptx::cp_async_commit();
     }
-    uint32_t token_offset[kTokenBlocks];
-#pragma unroll
-    for (int q = 0; q < kTokenBlocks; ++q) {
-      int token = warp.token0 + q * kMmaTokens + warp.lane % Copy::kSwizzle;
-      // tokens that are not kept have no row: read the last one again, the product is never stored
-      if (!kAllRows) token = min(token, args.act_rows - 1);
-      token_offset[q] = token * kActRowBytes + ((warp.lane / kMmaTokens) ^ (token % Copy::kSwizzle)) * kCopyBytes;
-    }
+    const Places places = lane_places();
     for (int i = 0; i < count; ++i) {
       wait_copies(ahead - 1);
       team_sync();  // copies of all threads are visible, and everybody has left the stage that is filled next
-      multiply(sums, token_offset, stage, fill, i + ahead < count);
+      multiply(sums, places, stage, fill, i + ahead < count);
       ptx::cp_async_commit();
       stage = stage + size == end ? ring : stage + size;
       fill = fill + size == end ? ring : fill + size;
     }
     ptx::cp_async_wait<0>();
+  }
+
+  __device__ __forceinline__ Places lane_places() const {
+    Places p;
+    const uint32_t weights = warp.row0 / format::kSliceRows * kSliceBytes;
+    p.codes = weights + warp.lane * int{sizeof(uint4)};
+    p.meta = weights + warp.lane * int{sizeof(uint2)};
+    p.scales = copies.scales_at(0) + (warp.row0 + warp.lane / format::kLanesPerRow) * kActBytes;
+#pragma unroll
+    for (int q = 0; q < kTokenBlocks; ++q) {
+      int token = warp.token0 + q * kMmaTokens + warp.lane % Copy::kSwizzle;
+      // tokens that are not kept have no row: read the last one again, the product is never stored
+      if (!kAllRows) token = min(token, args.act_rows - 1);
+      p.tokens[q] = Copy::acts_at(0) + token * kActRowBytes + ((warp.lane / kMmaTokens) ^ (token % Copy::kSwizzle)) * kCopyBytes;
+    }
+    // keep them: the compiler would work them out again for every tile
+    asm volatile("" : "+r"(p.codes), "+r"(p.meta), "+r"(p.scales), "+r"(p.tokens[0]));
+    return p;
   }
 };
 

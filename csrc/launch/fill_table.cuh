@@ -1,4 +1,4 @@
-// Instantiates the portable kernel for every tile of the tile table and both scale modes.
+// Instantiates the portable kernel for every tile of the tile table and every scale mode.
 #pragma once
 #include <utility>
 
@@ -9,7 +9,8 @@ namespace sparse_marlin {
 
 template <typename Act, int kBits, int... kIndex>
 constexpr KernelTable fill_table(std::integer_sequence<int, kIndex...>) {
-  return {{{device::gemm_sm80<Act, kBits, kIndex, device::ScaleMode::kTiles>...},
+  return {{{device::gemm_sm80<Act, kBits, kIndex, device::ScaleMode::kNone>...},
+           {device::gemm_sm80<Act, kBits, kIndex, device::ScaleMode::kTiles>...},
            {device::gemm_sm80<Act, kBits, kIndex, device::ScaleMode::kSteps>...}}};
 }
 template <typename Act, int kBits>

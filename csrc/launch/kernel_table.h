@@ -9,7 +9,7 @@
 namespace sparse_marlin {
 
 using GemmKernel = void (*)(device::KernelArgs);
-inline constexpr int kScaleModes = 2;  // device::ScaleMode
+inline constexpr int kScaleModes = 3;  // device::ScaleMode
 using KernelTable = std::array<std::array<GemmKernel, kTiles.size()>, kScaleModes>;
 
 extern const KernelTable kKernelsF16Int4;

@@ -46,8 +46,11 @@ struct KernelChoice {
 KernelChoice find_kernel(const Problem& problem, int tile) {
   static const KernelTable* const tables[] = {&kKernelsF16Int4, &kKernelsF16Int8, &kKernelsBf16Int4, &kKernelsBf16Int8};
   const int table = (problem.dtype == DType::kFloat16 ? 0 : 2) + (problem.num_bits == 4 ? 0 : 1);
-  const bool steps = problem.group_size != kChannelwise && problem.group_size < format::kTileCols;
-  const int mode = static_cast<int>(steps ? device::ScaleMode::kSteps : device::ScaleMode::kTiles);
+  using device::ScaleMode;
+  const ScaleMode scale_mode = problem.group_size == kChannelwise         ? ScaleMode::kNone
+                               : problem.group_size >= format::kTileCols ? ScaleMode::kTiles
+                                                                         : ScaleMode::kSteps;
+  const int mode = static_cast<int>(scale_mode);
   return {(*tables[table])[mode][tile], (table * kScaleModes + mode) * static_cast<int>(kTiles.size()) + tile};
 }
 constexpr int kKernels = 4 * kScaleModes * static_cast<int>(kTiles.size());

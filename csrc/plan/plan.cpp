@@ -17,7 +17,9 @@ namespace {
 constexpr int kMinComputeCapability = 80;
 constexpr int64_t kMaxGrid = 2147483647;
 constexpr int64_t kMaxWorkspaceBytes = int64_t{1} << 30;
+constexpr int kSplits[] = {1, 2, 3, 4, 6, 8, 12, 16};  // what plan() tries; plan_with_tile takes any up to the last
 constexpr int kMaxSplits = 16;
+constexpr int kEnoughBlocks = 8;  // blocks an SM, beyond which splitting k can only cost
 
 struct Candidate {
   Plan plan;
@@ -74,11 +76,10 @@ Candidate build(const Problem& problem, const Device& device, int tile_index, in
 std::vector<Candidate> candidates(const Problem& problem, const Device& device) {
   std::vector<Candidate> all;
   for (int tile = 0; tile < static_cast<int>(kTiles.size()); ++tile) {
-    for (int splits = 1; splits <= kMaxSplits; ++splits) {
-      Candidate c = build(problem, device, tile, splits);
-      const bool possible = c.rejected.empty();
-      all.push_back(std::move(c));
-      if (!possible) break;  // more splits do not cure it
+    for (int splits : kSplits) {
+      all.push_back(build(problem, device, tile, splits));
+      const Candidate& c = all.back();
+      if (!c.rejected.empty() || c.plan.grid > static_cast<int64_t>(kEnoughBlocks) * device.num_sms) break;
     }
   }
   return all;
@@ -145,12 +146,11 @@ Plan plan_with_tile(const Problem& problem, const Device& device, int tile, int 
   if (splits > kMaxSplits) {
     throw std::invalid_argument("splits: expected at most " + std::to_string(kMaxSplits) + ", got " + std::to_string(splits));
   }
-  Candidate chosen;
-  for (int s = splits > 0 ? splits : 1; s <= (splits > 0 ? splits : kMaxSplits); ++s) {
+  Candidate chosen = build(problem, device, tile, std::max(splits, 1));
+  for (int s : kSplits) {
+    if (splits > 0 || !chosen.rejected.empty()) break;
     Candidate c = build(problem, device, tile, s);
-    const bool better = c.rejected.empty() && (chosen.plan.tile < 0 || c.plan.predicted_us < chosen.plan.predicted_us);
-    if (better || (chosen.plan.tile < 0 && !c.rejected.empty() && chosen.rejected.empty())) chosen = c;
-    if (!c.rejected.empty()) break;
+    if (c.rejected.empty() && c.plan.predicted_us < chosen.plan.predicted_us) chosen = c;
   }
   if (!chosen.rejected.empty()) {
     throw std::invalid_argument("tile " + std::to_string(tile) + " (" + tile_text(kTiles[tile]) + "): " + chosen.rejected);

@@ -12,7 +12,7 @@ namespace sparse_marlin {
 inline constexpr int kActBytes = 2;            // float16, bfloat16
 inline constexpr int kCopyBytes = 16;          // one asynchronous copy
 inline constexpr int kMinStages = 2;
-inline constexpr int kMaxStages = 8;
+inline constexpr int kMaxStages = 5;
 inline constexpr int kEpiloguePad = 4;         // floats: spreads the four token columns of a warp over the banks
 inline constexpr int kEpilogueBlocks = 2;      // 8-token blocks a warp hands over in one pass of the epilogue
 inline constexpr int kPartialRows = 32;        // blocks of at most so many tokens keep only those that exist
