@@ -190,6 +190,17 @@ def test_export_with_a_dynamic_batch(device, block):
         smt.assert_same_bits(loaded(inputs(device, m)), block(inputs(device, m)), f"m={m}")
 
 
+@pytest.mark.slow
+def test_export_to_aot_inductor(device, block, tmp_path):
+    """Compiled ahead of time and called without Python in between."""
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    program = torch.export.export(block, (inputs(device, 8),), dynamic_shapes=({0: batch},))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "block.pt2"))
+    loaded = torch._inductor.aoti_load_package(path)
+    for m in (1, 100):
+        torch.testing.assert_close(loaded(inputs(device, m)), block(inputs(device, m)))
+
+
 @torch.jit.script
 def scripted_gemm(
     a: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
