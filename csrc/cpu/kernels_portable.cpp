@@ -1,4 +1,4 @@
-// The kernels in plain C++, for processors without AVX2: the format's bijections, evaluated at compile time, and loops.
+// The kernels in plain C++, for processors without AVX2.
 #include <array>
 
 #include "cpu/half.h"
@@ -9,36 +9,67 @@ namespace {
 
 using namespace format;
 
-struct Places {
-  std::array<std::array<Location, kSliceRows>, kSliceKept> code;
-  std::array<std::array<Location, kSliceRows>, kSliceQuads> meta;
-};
+// Rows g and g + 8 share their words, and row g's lie g times as many words behind row 0's: so for every kept value the rows of a
+// half are one loop with constant shifts, which compilers turn into vector code.
+constexpr int kRowCodeWords = kLanesPerRow * kLaneVectorWords;
+constexpr int kRowMetaWords = kLanesPerRow * kMetaLaneWords;
+constexpr int kColumnBits = kMetaBits / kKeptPerQuad;
 
+template <int kBits>
+constexpr bool rows_are_strided() {
+  for (int row = 0; row < kSliceRows; ++row) {
+    const int g = row % kHalfRows;
+    for (int kept = 0; kept < kSliceKept; ++kept) {
+      const Location at = code_location(row, kept, kBits), first = code_location(row - g, kept, kBits);
+      const Location meta = meta_location(row, kept / kKeptPerQuad, kBits);
+      const Location first_meta = meta_location(row - g, kept / kKeptPerQuad, kBits);
+      if (at.word != first.word + g * kRowCodeWords || at.shift != first.shift) return false;
+      if (meta.word != first_meta.word + g * kRowMetaWords || meta.shift != first_meta.shift) return false;
+    }
+  }
+  return true;
+}
+static_assert(rows_are_strided<4>() && rows_are_strided<8>());
+
+// Word and shift of the first row of every half.
+struct Places {
+  std::array<std::array<Location, kSliceRows / kHalfRows>, kSliceKept> code;
+  std::array<std::array<Location, kSliceRows / kHalfRows>, kSliceKept> column;
+};
 template <int kBits>
 constexpr Places make_places() {
   Places places{};
-  for (int row = 0; row < kSliceRows; ++row) {
-    for (int kept = 0; kept < kSliceKept; ++kept) places.code[kept][row] = code_location(row, kept, kBits);
-    for (int quad = 0; quad < kSliceQuads; ++quad) places.meta[quad][row] = meta_location(row, quad, kBits);
+  for (int kept = 0; kept < kSliceKept; ++kept) {
+    for (int half = 0; half < kSliceRows / kHalfRows; ++half) {
+      const Location meta = meta_location(half * kHalfRows, kept / kKeptPerQuad, kBits);
+      places.code[kept][half] = code_location(half * kHalfRows, kept, kBits);
+      places.column[kept][half] = {meta.word, meta.shift + kept % kKeptPerQuad * kColumnBits};
+    }
   }
   return places;
 }
 template <int kBits>
 constexpr Places kPlaces = make_places<kBits>();
 
-void decode(const uint32_t* slice, int num_bits, StepScales scales, DecodedSlice& out) {
-  const Places& places = num_bits == 4 ? kPlaces<4> : kPlaces<8>;
-  const uint32_t code_mask = (1u << num_bits) - 1;
+template <int kBits>
+void decode_bits(const uint32_t* __restrict slice, StepScales scales, DecodedSlice& out) {
   for (int kept = 0; kept < kSliceKept; ++kept) {
-    const float* scale = scales[kept / kStepKept];
-    for (int row = 0; row < kSliceRows; ++row) {
-      const Location code = places.code[kept][row], meta = places.meta[kept / kKeptPerQuad][row];
-      const int value = format::decode(slice[code.word] >> code.shift & code_mask, num_bits);
-      const Pattern pattern = meta_pattern(slice[meta.word] >> meta.shift);
-      out.weights[kept][row] = static_cast<float>(value) * scale[row];
-      out.columns[kept][row] = static_cast<uint32_t>(kept % kKeptPerQuad == 0 ? pattern.first : pattern.second);
+    for (int half = 0; half < kSliceRows / kHalfRows; ++half) {
+      const Location code = kPlaces<kBits>.code[kept][half], column = kPlaces<kBits>.column[kept][half];
+      const float* __restrict scale = scales[kept / kStepKept] + half * kHalfRows;
+      float* __restrict weights = out.weights[kept] + half * kHalfRows;
+      uint32_t* __restrict columns = out.columns[kept] + half * kHalfRows;
+      for (int g = 0; g < kHalfRows; ++g) {
+        const uint32_t stored = slice[code.word + g * kRowCodeWords] >> code.shift & ((1u << kBits) - 1);
+        weights[g] = static_cast<float>(format::decode(stored, kBits)) * scale[g];
+        columns[g] = slice[column.word + g * kRowMetaWords] >> column.shift & ((1u << kColumnBits) - 1);
+      }
     }
   }
+}
+
+void decode(const uint32_t* slice, int num_bits, StepScales scales, DecodedSlice& out) {
+  num_bits == 4 ? decode_bits<4>(slice, scales, out) : decode_bits<8>(slice, scales, out);
 }
 
 void multiply(const DecodedSlice& slice, const float* acts, int64_t tokens, float* sums) {
