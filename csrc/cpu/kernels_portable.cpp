@@ -9,8 +9,8 @@ namespace {
 
 using namespace format;
 
-// Rows g and g + 8 share their words, and row g's lie g times as many words behind row 0's: so for every kept value the rows of a
-// half are one loop with constant shifts, which compilers turn into vector code.
+// Rows g and g + 8 share their words, and row g's lie g times as many words behind row 0's: so for every kept value the
+// rows of a half are one loop with constant shifts, which compilers turn into vector code.
 constexpr int kRowCodeWords = kLanesPerRow * kLaneVectorWords;
 constexpr int kRowMetaWords = kLanesPerRow * kMetaLaneWords;
 constexpr int kColumnBits = kMetaBits / kKeptPerQuad;
