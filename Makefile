@@ -8,6 +8,9 @@
 # SPARSE_MARLIN_CPU_ONLY=1 leaves out CUDA; TORCH_CUDA_ARCH_LIST and MAX_JOBS as in setup.py; PYTEST_ARGS goes to pytest.
 
 SHELL := /bin/bash
+# OpenMP threads that sleep while they wait. Spinning, the default, saves microseconds on an idle machine, but where other programs
+# want the same cores every parallel region can cost a scheduler's time slice: a demo of 1 minute then takes 5.
+export OMP_WAIT_POLICY ?= passive
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
