@@ -1,4 +1,4 @@
-"""The command line: exit statuses, one-line errors, JSON alone on stdout. The model is a tiny one, saved by transformers."""
+"""The command line: exit statuses, one-line errors, JSON alone on stdout. The model is a tiny one that transformers saved."""
 
 import json
 import os
