@@ -1,4 +1,4 @@
-"""The command line: exit statuses, one-line errors, JSON alone on stdout. The model is a tiny one that transformers saved."""
+"""The command line: exit statuses, one-line errors, JSON alone on stdout. The model is tiny, saved by transformers."""
 
 import json
 import os
