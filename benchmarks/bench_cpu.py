@@ -10,6 +10,7 @@ another program on the machine slows all of them. Dense weights (64 MB at 4096 x
 import argparse
 import datetime
 import json
+import os
 import platform
 import statistics
 import time
@@ -104,12 +105,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
+    load_average = os.getloadavg()[0]  # what else the machine was doing
     rows = [row for n, k in SHAPES for row in measure(n, k, args)]
     report = {
         "benchmark": "sparse_marlin_gemm on the CPU",
         "cpu": cpu_model(),
         "instruction_set": torch.ops.sparse_marlin._cpu_isa(),
         "threads": args.threads,
+        "load_average_at_start": round(load_average, 2),
         "num_bits": args.num_bits,
         "group_size": args.group_size,
         "torch": torch.__version__,
