@@ -115,7 +115,7 @@ std::string why_unsupported(const Problem& p, const Device& device) {
   if (!format::valid_bits(p.num_bits)) return "expected num_bits 4 or 8, got " + std::to_string(p.num_bits);
   if (!valid_group_size(p.group_size))
     return "expected group_size -1, 32, 64, 128 or 256, got " + std::to_string(p.group_size);
-  if (p.m < 1 || p.m > kMaxTokens) return "expected 1 to " + std::to_string(kMaxTokens) + " tokens, got " + std::to_string(p.m);
+  if (p.m < 0 || p.m > kMaxTokens) return "expected 0 to " + std::to_string(kMaxTokens) + " tokens, got " + std::to_string(p.m);
   if (p.n < 1 || p.n > kMaxFeatures)
     return "expected 1 to " + std::to_string(kMaxFeatures) + " out features, got " + std::to_string(p.n);
   if (p.k < kColMultiple || p.k > kMaxFeatures || p.k % kColMultiple != 0)

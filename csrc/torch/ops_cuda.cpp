@@ -4,7 +4,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <map>
 #include <stdexcept>
+#include <tuple>
 
 #include "launch/launch.h"
 #include "torch/arguments.h"
@@ -74,18 +76,33 @@ Tensor run_gemm(GemmCall call, int32_t device_index, const Choose& choose) {
     const int64_t floats =
         (plan.workspace_bytes + static_cast<int64_t>(sizeof(float)) - 1) / static_cast<int64_t>(sizeof(float));
     workspace = device_buffer(call.out, floats, ScalarType::Float);
-    call.params.workspace = static_cast<float*>(workspace->mutable_data_ptr());
+    call.params.workspace = workspace->mutable_data_ptr();
   }
   expect_no_error(kGemmOp, launch(call.problem, plan, call.params, current_stream(call.out)));
   return call.out;
+}
+
+// Planning takes tens of microseconds, and a decoding loop asks for the same few problems again and again.
+Plan remembered_plan(const Problem& problem, const Device& device, int32_t device_index) {
+  using Key = std::tuple<int32_t, int64_t, int64_t, int64_t, int, int, DType>;
+  constexpr size_t kMost = 4096;  // then start afresh: a prompt of every length would be remembered otherwise
+  thread_local std::map<Key, Plan> plans;
+  const Key key{device_index,       problem.m,        problem.n,    problem.k,
+                problem.group_size, problem.num_bits, problem.dtype};
+  const auto found = plans.find(key);
+  if (found != plans.end()) return found->second;
+  if (plans.size() >= kMost) plans.clear();
+  return plans.emplace(key, plan(problem, device)).first->second;
 }
 
 Tensor gemm_cuda_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, int64_t group_size,
                     int64_t num_bits, const std::optional<Tensor>& bias) {
   const GemmCall call = gemm_call(a, weight_packed, scales, group_size, num_bits, bias);
   const DeviceGuard guard(call.out.get_device_index());
-  return run_gemm(call, call.out.get_device_index(),
-                  [](const Problem& problem, const Device& device) { return plan(problem, device); });
+  const int32_t index = call.out.get_device_index();
+  return run_gemm(call, index, [index](const Problem& problem, const Device& device) {
+    return remembered_plan(problem, device, index);
+  });
 }
 
 Tensor gemm_tile_cuda_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, int64_t group_size,
