@@ -17,7 +17,7 @@ namespace sparse_marlin::device {
 template <int kBits, Tile kTile>
 struct Copies {
   static constexpr int kThreads = kTile.team_threads();
-  static constexpr int kStride = kTile.warps_k;       // the team's column tiles are first, first + kStride, ...
+  static constexpr int kStride = kTile.warps_k;  // the team's column tiles are first, first + kStride, ...
   static constexpr int kParts = format::kSliceSteps;
   static constexpr int kWeightBytes = weight_stage_bytes(kTile, kBits);
   static constexpr int kSwizzle = 8;
@@ -38,7 +38,7 @@ struct Copies {
   static_assert(kScaleChunks * scale_rows(32) <= kThreads, "one copy a thread brings the scales of a tile");
 
   const KernelArgs& args;
-  const int thread;     // in the team
+  const int thread;  // in the team
   const uint64_t policy;
   // carried from tile to tile
   const char* weights;  // the block's first slice
@@ -69,7 +69,8 @@ struct Copies {
       // rows past the end exist in no tile: read the last one again, their sums are never stored
       const int tile = min(run, last_tile - first_tile);
       weight_from[i] = static_cast<uint32_t>(tile * row_bytes) + (chunk - run * kRunChunks) * kCopyBytes;
-      if (!kOneRun) asm volatile("" : "+r"(weight_from[i]));  // keep it: the compiler would work it out again for every tile
+      if (!kOneRun)
+        asm volatile("" : "+r"(weight_from[i]));  // keep it: the compiler would work it out again for every tile
     }
     const int token = work.tile_m * kTile.block_m + thread / kRowChunks, col = thread % kRowChunks * kChunkActs;
     tokens_left = a.m - token;
@@ -83,7 +84,9 @@ struct Copies {
   }
 
   static __device__ __forceinline__ uint32_t acts_at(uint32_t stage) { return stage + kWeightBytes; }
-  __device__ __forceinline__ uint32_t scales_at(uint32_t stage) const { return acts_at(stage) + args.act_rows * kActRowBytes; }
+  __device__ __forceinline__ uint32_t scales_at(uint32_t stage) const {
+    return acts_at(stage) + args.act_rows * kActRowBytes;
+  }
 
   // Part `part` of the present column tile into `stage`. The last part moves on to the next tile.
   __device__ __forceinline__ void copy_part(uint32_t stage, int part) {

@@ -25,7 +25,7 @@ __device__ __forceinline__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(kTable));
   return d;
 }
-inline constexpr uint32_t kLutAndOr = (0xf0 & 0xcc) | 0xaa;            // (a & b) | c
+inline constexpr uint32_t kLutAndOr = (0xf0 & 0xcc) | 0xaa;             // (a & b) | c
 inline constexpr uint32_t kLutNotAndOr = (~0xf0 & 0xff & 0xcc) | 0xaa;  // (~a & b) | c
 
 // Arithmetic on two 16-bit values in one register.
@@ -50,7 +50,9 @@ struct Pair<__half> {
     return d;
   }
   static __device__ __forceinline__ uint32_t broadcast(uint32_t v) { return __byte_perm(v, 0, 0x1010); }
-  static __device__ __forceinline__ float to_float(uint32_t v) { return __half2float(__ushort_as_half(static_cast<uint16_t>(v))); }
+  static __device__ __forceinline__ float to_float(uint32_t v) {
+    return __half2float(__ushort_as_half(static_cast<uint16_t>(v)));
+  }
   static constexpr uint32_t kOne = 0x3C003C00;
 };
 

@@ -67,9 +67,9 @@ __device__ __forceinline__ void store_partial(float* out, float4 v, int count, b
 
 template <typename Act, typename Loop, Tile kTile>
 struct Epilogue {
-  static constexpr int kPassBlocks = epilogue_blocks(kTile);                   // 8-token blocks of a warp and pass
+  static constexpr int kPassBlocks = epilogue_blocks(kTile);  // 8-token blocks of a warp and pass
   static constexpr int kPasses = Loop::kTokenBlocks / kPassBlocks;
-  static constexpr int kPassTokens = epilogue_tokens(kTile);                   // of the block and pass
+  static constexpr int kPassTokens = epilogue_tokens(kTile);  // of the block and pass
   static constexpr int kPitch = kTile.block_n + kEpiloguePad;
   static_assert(Loop::kTokenBlocks % kPassBlocks == 0);
 
@@ -79,7 +79,8 @@ struct Epilogue {
     const int g = lane / format::kLanesPerRow, c = lane % format::kLanesPerRow;
 #pragma unroll
     for (int b = 0; b < kPassBlocks; ++b) {
-      float* token = shared + (team * kPassTokens + (warp_m * kPassBlocks + b) * kMmaTokens + 2 * c) * kPitch + row0 + g;
+      float* token =
+          shared + (team * kPassTokens + (warp_m * kPassBlocks + b) * kMmaTokens + 2 * c) * kPitch + row0 + g;
 #pragma unroll
       for (int s = 0; s < Loop::kSlices; ++s) {
         ptx::FragD d;
@@ -95,13 +96,15 @@ struct Epilogue {
     }
   }
 
-  static __device__ __forceinline__ void store(const KernelArgs& args, const BlockWork& work, const float* shared, int pass) {
+  static __device__ __forceinline__ void store(const KernelArgs& args, const BlockWork& work, const float* shared,
+                                               int pass) {
     constexpr int kRowThreads = kTile.block_n / kVector;
     const bool aligned = args.n % kVector == 0;
     for (int i = threadIdx.x; i < kPassTokens * kRowThreads; i += kTile.threads()) {
       const int row = i / kRowThreads, feature = i % kRowThreads * kVector;
       const int warp_m = row / (kPassBlocks * kMmaTokens), in_warp = row % (kPassBlocks * kMmaTokens);
-      const int token = work.tile_m * kTile.block_m + warp_m * kTile.warp_m() + pass * kPassBlocks * kMmaTokens + in_warp;
+      const int token =
+          work.tile_m * kTile.block_m + warp_m * kTile.warp_m() + pass * kPassBlocks * kMmaTokens + in_warp;
       const int n = work.tile_n * kTile.block_n + feature;
       if (token >= args.m || n >= args.n) continue;
       const int count = min(kVector, args.n - n);

@@ -25,7 +25,8 @@ __global__ void __launch_bounds__(kTiles[kTileIndex].threads(), kTiles[kTileInde
   const int first = work.first_col + team, count = max(0, (work.last_col - first + kTile.warps_k - 1) / kTile.warps_k);
   Copies<kBits, kTile> copies(args, work, first, threadIdx.x % kTile.team_threads());
   typename Loop::Sums sums = {};
-  Loop{args, copies, ptx::smem_address(shared) + team * ring_bytes, scale_rows(args.group_size), place, team}.run(sums, count);
+  Loop{args, copies, ptx::smem_address(shared) + team * ring_bytes, scale_rows(args.group_size), place, team}.run(
+      sums, count);
 
   float* exchange = reinterpret_cast<float*>(shared);
 #pragma unroll

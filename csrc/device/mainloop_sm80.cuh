@@ -21,10 +21,10 @@ struct Mainloop {
   static constexpr int kSlices = kTile.warp_n() / format::kSliceRows;  // of one warp
   static constexpr int kTokenBlocks = kTile.warp_m() / kMmaTokens;     // of one warp
   static constexpr int kSliceBytes = format::slice_bytes(kBits);
-  static constexpr int kPlanes = kBits / 4;                            // 16-byte words of codes a lane and slice
+  static constexpr int kPlanes = kBits / 4;  // 16-byte words of codes a lane and slice
   static constexpr bool kScaled = kMode != ScaleMode::kNone;
   static constexpr bool kScaleSums = kScaled && kSlices * kTokenBlocks <= 4;  // more would not fit the registers
-  static constexpr bool kAllRows = kTile.block_m > kPartialRows;       // shared memory holds every token of the block
+  static constexpr bool kAllRows = kTile.block_m > kPartialRows;  // shared memory holds every token of the block
   using Copy = Copies<kBits, kTile>;
   using Codes = Dequant<Act, kBits>;
 
@@ -37,7 +37,7 @@ struct Mainloop {
     int token0;  // first token of the warp in the block
   };
   using Weights = ptx::FragA[kSlices];
-  struct Scales {  // as stored, in the low half
+  struct Scales {            // as stored, in the low half
     uint32_t low[kSlices];   // row g
     uint32_t high[kSlices];  // row g + 8
   };
@@ -54,7 +54,7 @@ struct Mainloop {
 
   const KernelArgs& args;
   Copy& copies;
-  const uint32_t ring;    // shared-memory address of the team's ring
+  const uint32_t ring;  // shared-memory address of the team's ring
   const int rows_of_scales;
   const WarpPlace warp;
   const int team;
@@ -89,7 +89,8 @@ struct Mainloop {
       constexpr int kCodeBytes = format::slice_code_words(kBits) * format::kWordBytes;
 #pragma unroll
       for (int p = 0; p < kPlanes; ++p) {
-        t.codes[s][p] = ptx::load_shared_v4(stage + places.codes + s * kSliceBytes + p * format::kLanes * int{sizeof(uint4)});
+        t.codes[s][p] =
+            ptx::load_shared_v4(stage + places.codes + s * kSliceBytes + p * format::kLanes * int{sizeof(uint4)});
       }
       t.meta[s] = ptx::load_shared_v2(stage + places.meta + s * kSliceBytes + kCodeBytes);
     }
@@ -166,7 +167,8 @@ struct Mainloop {
     }
   }
 
-  __device__ __forceinline__ void dequantize_slice(Weights& w, const Tiles& t, const Scales& scales, int step, int s) const {
+  __device__ __forceinline__ void dequantize_slice(Weights& w, const Tiles& t, const Scales& scales, int step,
+                                                   int s) const {
     w[s] = dequantize(t.codes[s], step);
     if (kScaled && !kScaleSums) {
       apply_scales<Act>(w[s], {Pair<Act>::broadcast(scales.low[s]), Pair<Act>::broadcast(scales.high[s])});
@@ -175,7 +177,8 @@ struct Mainloop {
 
   // One column tile, in `stage`; meanwhile another is sent to `fill` (unless there is none left), part by part, and the weights of
   // the next step are dequantized between the MMAs of this one: the tensor cores take 8 cycles for an MMA, time for a few others.
-  __device__ __forceinline__ void multiply(Sums& sums, const Places& places, uint32_t stage, uint32_t fill, bool more) const {
+  __device__ __forceinline__ void multiply(Sums& sums, const Places& places, uint32_t stage, uint32_t fill,
+                                           bool more) const {
     const Tiles t = load_tiles(stage, places);
     Scales scales;
     if (kScaled) load_scales(scales, stage, places, 0);
@@ -246,7 +249,8 @@ struct Mainloop {
       int token = warp.token0 + q * kMmaTokens + warp.lane % Copy::kSwizzle;
       // tokens that are not kept have no row: read the last one again, the product is never stored
       if (!kAllRows) token = min(token, args.act_rows - 1);
-      p.tokens[q] = Copy::acts_at(0) + token * kActRowBytes + ((warp.lane / kMmaTokens) ^ (token % Copy::kSwizzle)) * kCopyBytes;
+      p.tokens[q] =
+          Copy::acts_at(0) + token * kActRowBytes + ((warp.lane / kMmaTokens) ^ (token % Copy::kSwizzle)) * kCopyBytes;
     }
     // keep them: the compiler would work them out again for every tile
     asm volatile("" : "+r"(p.codes), "+r"(p.meta), "+r"(p.scales), "+r"(p.tokens[0]));

@@ -7,10 +7,10 @@
 namespace sparse_marlin::device {
 
 struct BlockWork {
-  int tile_m;      // index of the block_m x block_n output tile
+  int tile_m;  // index of the block_m x block_n output tile
   int tile_n;
-  int split;       // which share of k
-  int first_col;   // share of k, in 128-column tiles: [first_col, last_col)
+  int split;      // which share of k
+  int first_col;  // share of k, in 128-column tiles: [first_col, last_col)
   int last_col;
 };
 

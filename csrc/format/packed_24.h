@@ -55,20 +55,24 @@ inline constexpr int kTileSlices = 4;
 inline constexpr int kTileRows = kTileSlices * kSliceRows;
 inline constexpr int kTileCols = kSliceCols;
 
-inline constexpr int kLanes = 32;          // of the warp that consumes a slice
-inline constexpr int kLanesPerRow = 4;     // lanes that share row g: l = 4 g + c
-inline constexpr int kHalfRows = 8;        // rows g and g + 8 belong to one lane
-inline constexpr int kLaneVectorWords = 4; // codes are read 16 bytes a lane
-inline constexpr int kMetaLaneWords = 2;   // metadata 8 bytes a lane
-inline constexpr int kMetaBits = 4;        // a quad's nibble: two 2-bit column indices
+inline constexpr int kLanes = 32;           // of the warp that consumes a slice
+inline constexpr int kLanesPerRow = 4;      // lanes that share row g: l = 4 g + c
+inline constexpr int kHalfRows = 8;         // rows g and g + 8 belong to one lane
+inline constexpr int kLaneVectorWords = 4;  // codes are read 16 bytes a lane
+inline constexpr int kMetaLaneWords = 2;    // metadata 8 bytes a lane
+inline constexpr int kMetaBits = 4;         // a quad's nibble: two 2-bit column indices
 inline constexpr int kWordBytes = 4;
 inline constexpr int kWordBits = 32;
 
 SPARSE_MARLIN_HD constexpr bool valid_bits(int num_bits) { return num_bits == 4 || num_bits == 8; }
 SPARSE_MARLIN_HD constexpr int code_min(int num_bits) { return -(1 << (num_bits - 1)); }
 SPARSE_MARLIN_HD constexpr int code_max(int num_bits) { return (1 << (num_bits - 1)) - 1; }
-SPARSE_MARLIN_HD constexpr uint32_t encode(int code, int num_bits) { return static_cast<uint32_t>(code - code_min(num_bits)); }
-SPARSE_MARLIN_HD constexpr int decode(uint32_t stored, int num_bits) { return static_cast<int>(stored) + code_min(num_bits); }
+SPARSE_MARLIN_HD constexpr uint32_t encode(int code, int num_bits) {
+  return static_cast<uint32_t>(code - code_min(num_bits));
+}
+SPARSE_MARLIN_HD constexpr int decode(uint32_t stored, int num_bits) {
+  return static_cast<int>(stored) + code_min(num_bits);
+}
 
 // --- sizes, in 32-bit words -----------------------------------------------------------------------------------------------
 SPARSE_MARLIN_HD constexpr int slice_code_words(int num_bits) {
@@ -82,10 +86,13 @@ SPARSE_MARLIN_HD constexpr int tile_bytes(int num_bits) { return tile_words(num_
 SPARSE_MARLIN_HD constexpr int64_t row_tiles(int64_t n) { return (n + kTileRows - 1) / kTileRows; }
 SPARSE_MARLIN_HD constexpr int64_t col_tiles(int64_t k) { return (k + kTileCols - 1) / kTileCols; }
 // Words of one row of tiles, for k columns: the size of dimension 1 of the packed tensor.
-SPARSE_MARLIN_HD constexpr int64_t packed_row_words(int64_t k, int num_bits) { return col_tiles(k) * tile_words(num_bits); }
+SPARSE_MARLIN_HD constexpr int64_t packed_row_words(int64_t k, int num_bits) {
+  return col_tiles(k) * tile_words(num_bits);
+}
 
 static_assert(slice_bytes(4) == 512 + 256 && slice_bytes(8) == 1024 + 256);
-static_assert(tile_bytes(4) * 8 == kTileRows * kTileCols * 3, "a 4-bit weight costs 2 bits of codes and 1 bit of metadata");
+static_assert(tile_bytes(4) * 8 == kTileRows * kTileCols * 3,
+              "a 4-bit weight costs 2 bits of codes and 1 bit of metadata");
 static_assert(kSliceMetaWords == kLanes * kMetaLaneWords);
 
 // --- bijections -----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ constexpr int64_t num_groups(int64_t k, int64_t group_size) {
 }
 // Fewest columns a weight may have: k must be a multiple of it, since 2:4 sparsity speaks of quads.
 inline constexpr int kColMultiple = format::kQuad;
-inline constexpr int64_t kMaxTokens = 1 << 24;      // 32-bit tile arithmetic in the kernels
+inline constexpr int64_t kMaxTokens = 1 << 24;  // 32-bit tile arithmetic in the kernels
 inline constexpr int64_t kMaxFeatures = 1 << 24;
 
 struct Problem {

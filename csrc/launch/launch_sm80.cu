@@ -47,7 +47,7 @@ KernelChoice find_kernel(const Problem& problem, int tile) {
   static const KernelTable* const tables[] = {&kKernelsF16Int4, &kKernelsF16Int8, &kKernelsBf16Int4, &kKernelsBf16Int8};
   const int table = (problem.dtype == DType::kFloat16 ? 0 : 2) + (problem.num_bits == 4 ? 0 : 1);
   using device::ScaleMode;
-  const ScaleMode scale_mode = problem.group_size == kChannelwise         ? ScaleMode::kNone
+  const ScaleMode scale_mode = problem.group_size == kChannelwise        ? ScaleMode::kNone
                                : problem.group_size >= format::kTileCols ? ScaleMode::kTiles
                                                                          : ScaleMode::kSteps;
   const int mode = static_cast<int>(scale_mode);
@@ -98,7 +98,8 @@ device::KernelArgs kernel_args(const Problem& problem, const Plan& plan, const G
   return args;
 }
 
-cudaError_t copy_aligned(const void* from, const void* to, int64_t rows, int64_t cols, const Device& device, cudaStream_t stream) {
+cudaError_t copy_aligned(const void* from, const void* to, int64_t rows, int64_t cols, const Device& device,
+                         cudaStream_t stream) {
   const int64_t blocks = (rows * aligned_row(cols) + device::kAlignThreads - 1) / device::kAlignThreads;
   constexpr int kBlocksPerSm = 8;
   const int grid = static_cast<int>(std::min<int64_t>(blocks, static_cast<int64_t>(device.num_sms) * kBlocksPerSm));
@@ -108,7 +109,8 @@ cudaError_t copy_aligned(const void* from, const void* to, int64_t rows, int64_t
   return cudaGetLastError();
 }
 
-cudaError_t launch_reduce(const Problem& problem, const device::KernelArgs& args, const Device& device, cudaStream_t stream) {
+cudaError_t launch_reduce(const Problem& problem, const device::KernelArgs& args, const Device& device,
+                          cudaStream_t stream) {
   const int64_t vectors = problem.m * ((problem.n + device::kVector - 1) / device::kVector);
   const int64_t blocks = (vectors + device::kReduceThreads - 1) / device::kReduceThreads;
   constexpr int kBlocksPerSm = 8;  // 2048 threads
@@ -149,7 +151,8 @@ std::string launch(const Problem& problem, const Plan& plan, const GemmParams& p
     choice.kernel<<<static_cast<unsigned>(plan.grid), plan.threads, plan.smem_bytes, stream>>>(args);
     status = cudaGetLastError();
   }
-  if (status == cudaSuccess && plan.splits > 1) status = launch_reduce(problem, args, device_properties(device), stream);
+  if (status == cudaSuccess && plan.splits > 1)
+    status = launch_reduce(problem, args, device_properties(device), stream);
   if (status == cudaSuccess) return {};
   return std::string(cudaGetErrorName(status)) + ": " + cudaGetErrorString(status);
 }

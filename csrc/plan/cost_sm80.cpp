@@ -15,29 +15,29 @@ namespace {
 
 constexpr double kCyclesPerUs = 1750;
 constexpr double kSchedulers = 4;
-constexpr double kMmaCycles = 7.7;           // an MMA: tensor core and the instructions around it
-constexpr double kSliceCycles = 11.9;        // dequantizing a slice step in one warp
-constexpr double kCopyCycles = 9.0;          // one asynchronous copy of a warp (512 B): issue
-constexpr double kCopyLatency = 10.3;        // and its share of the latency below
-constexpr double kTurnLatency = 565;         // barrier, first loads from shared memory, first dequantization
-constexpr double kQueueCycles = 43;          // copies of kQueueWarps warps waiting for each other, one stage ahead
+constexpr double kMmaCycles = 7.7;     // an MMA: tensor core and the instructions around it
+constexpr double kSliceCycles = 11.9;  // dequantizing a slice step in one warp
+constexpr double kCopyCycles = 9.0;    // one asynchronous copy of a warp (512 B): issue
+constexpr double kCopyLatency = 10.3;  // and its share of the latency below
+constexpr double kTurnLatency = 565;   // barrier, first loads from shared memory, first dequantization
+constexpr double kQueueCycles = 43;    // copies of kQueueWarps warps waiting for each other, one stage ahead
 constexpr double kQueueWarps = 8;
 constexpr double kQueuePower = 2.09;
-constexpr double kEpilogueCycles = 49;       // an element of the block's tile, for each thread and team
-constexpr double kLaunchUs = 2.5;            // launch, first bytes, last store
-constexpr double kReduceUs = 2.1;            // the second kernel of a split
+constexpr double kEpilogueCycles = 49;  // an element of the block's tile, for each thread and team
+constexpr double kLaunchUs = 2.5;       // launch, first bytes, last store
+constexpr double kReduceUs = 2.1;       // the second kernel of a split
 constexpr double kReduceBytesPerUsSm = 75e3;
 constexpr double kL2BytesPerUsSm = 137e3;
-constexpr double kOverlapPower = 3.4;        // between max (infinity) and sum (1) of arithmetic and bytes
-constexpr int kSmemReserved = 1024;          // bytes a block costs beside its own
+constexpr double kOverlapPower = 3.4;  // between max (infinity) and sum (1) of arithmetic and bytes
+constexpr int kSmemReserved = 1024;    // bytes a block costs beside its own
 
 // DRAM bandwidth is no property the driver reports; by generation, bytes a microsecond and SM.
 double dram_bytes_per_us_sm(const Device& device) {
   switch (device.compute_capability) {
-    case 80: return 18e3;   // A100
+    case 80: return 18e3;  // A100
     case 86:
-    case 89: return 8e3;    // GDDR6
-    case 90: return 36e3;   // H200; an H100 has 25e3
+    case 89: return 8e3;   // GDDR6
+    case 90: return 36e3;  // H200; an H100 has 25e3
     default: return device.compute_capability >= 120 ? 10e3 : 50e3;
   }
 }

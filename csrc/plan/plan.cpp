@@ -66,7 +66,8 @@ Candidate build(const Problem& problem, const Device& device, int tile_index, in
   }
   if (p.num_stages == 0) {
     const int bytes = smem_bytes(tile, problem.num_bits, rows, problem.group_size, kMinStages);
-    c.rejected = "needs " + std::to_string(bytes) + " B of shared memory, a block has " + std::to_string(device.smem_per_block);
+    c.rejected =
+        "needs " + std::to_string(bytes) + " B of shared memory, a block has " + std::to_string(device.smem_per_block);
     return c;
   }
   p.predicted_us = predicted_us(problem, device, tile, p);
@@ -95,8 +96,8 @@ const Candidate* best(const std::vector<Candidate>& all) {
 
 std::string tile_text(const Tile& t) {
   char text[96];
-  std::snprintf(text, sizeof(text), "%3d tokens x %3d features, warps %d x %d x %d along k", t.block_m, t.block_n, t.warps_m,
-                t.warps_n, t.warps_k);
+  std::snprintf(text, sizeof(text), "%3d tokens x %3d features, warps %d x %d x %d along k", t.block_m, t.block_n,
+                t.warps_m, t.warps_n, t.warps_k);
   return text;
 }
 
@@ -115,15 +116,16 @@ std::string why_unsupported(const Problem& p, const Device& device) {
   if (!format::valid_bits(p.num_bits)) return "expected num_bits 4 or 8, got " + std::to_string(p.num_bits);
   if (!valid_group_size(p.group_size))
     return "expected group_size -1, 32, 64, 128 or 256, got " + std::to_string(p.group_size);
-  if (p.m < 0 || p.m > kMaxTokens) return "expected 0 to " + std::to_string(kMaxTokens) + " tokens, got " + std::to_string(p.m);
+  if (p.m < 0 || p.m > kMaxTokens)
+    return "expected 0 to " + std::to_string(kMaxTokens) + " tokens, got " + std::to_string(p.m);
   if (p.n < 1 || p.n > kMaxFeatures)
     return "expected 1 to " + std::to_string(kMaxFeatures) + " out features, got " + std::to_string(p.n);
   if (p.k < kColMultiple || p.k > kMaxFeatures || p.k % kColMultiple != 0)
     return "expected in features that are a multiple of 4, at most " + std::to_string(kMaxFeatures) + ", got " +
            std::to_string(p.k);
   if (device.compute_capability < kMinComputeCapability) {
-    return "expected a GPU of compute capability 8.0 or higher, got " + std::to_string(device.compute_capability / 10) + "." +
-           std::to_string(device.compute_capability % 10);
+    return "expected a GPU of compute capability 8.0 or higher, got " + std::to_string(device.compute_capability / 10) +
+           "." + std::to_string(device.compute_capability % 10);
   }
   return {};
 }
@@ -141,10 +143,12 @@ Plan plan_with_tile(const Problem& problem, const Device& device, int tile, int 
   const std::string why = why_unsupported(problem, device);
   if (!why.empty()) throw std::invalid_argument(why);
   if (tile < 0 || tile >= static_cast<int>(kTiles.size())) {
-    throw std::invalid_argument("tile: expected 0 to " + std::to_string(kTiles.size() - 1) + ", got " + std::to_string(tile));
+    throw std::invalid_argument("tile: expected 0 to " + std::to_string(kTiles.size() - 1) + ", got " +
+                                std::to_string(tile));
   }
   if (splits > kMaxSplits) {
-    throw std::invalid_argument("splits: expected at most " + std::to_string(kMaxSplits) + ", got " + std::to_string(splits));
+    throw std::invalid_argument("splits: expected at most " + std::to_string(kMaxSplits) + ", got " +
+                                std::to_string(splits));
   }
   Candidate chosen = build(problem, device, tile, std::max(splits, 1));
   for (int s : kSplits) {
@@ -153,7 +157,8 @@ Plan plan_with_tile(const Problem& problem, const Device& device, int tile, int 
     if (c.rejected.empty() && c.plan.predicted_us < chosen.plan.predicted_us) chosen = c;
   }
   if (!chosen.rejected.empty()) {
-    throw std::invalid_argument("tile " + std::to_string(tile) + " (" + tile_text(kTiles[tile]) + "): " + chosen.rejected);
+    throw std::invalid_argument("tile " + std::to_string(tile) + " (" + tile_text(kTiles[tile]) +
+                                "): " + chosen.rejected);
   }
   return chosen.plan;
 }
@@ -162,7 +167,8 @@ std::string explain(const Problem& problem, const Device& device) {
   std::string text = problem_text(problem) + "\n";
   char line[256];
   std::snprintf(line, sizeof(line), "device: compute capability %d.%d, %d SMs, %d KiB of shared memory a block\n",
-                device.compute_capability / 10, device.compute_capability % 10, device.num_sms, device.smem_per_block >> 10);
+                device.compute_capability / 10, device.compute_capability % 10, device.num_sms,
+                device.smem_per_block >> 10);
   text += line;
   const std::string why = why_unsupported(problem, device);
   if (!why.empty()) return text + "not supported: " + why + "\n";
@@ -173,8 +179,9 @@ std::string explain(const Problem& problem, const Device& device) {
     const Candidate* of_tile = nullptr;
     for (const Candidate& c : all) {
       if (c.plan.tile != tile) continue;
-      const bool better = of_tile == nullptr ||
-                          (c.rejected.empty() && (!of_tile->rejected.empty() || c.plan.predicted_us < of_tile->plan.predicted_us));
+      const bool better =
+          of_tile == nullptr ||
+          (c.rejected.empty() && (!of_tile->rejected.empty() || c.plan.predicted_us < of_tile->plan.predicted_us));
       if (better) of_tile = &c;
     }
     const std::string name = tile_text(kTiles[tile]);

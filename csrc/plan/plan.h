@@ -10,10 +10,10 @@ namespace sparse_marlin {
 
 // A GPU, as far as planning needs to know it.
 struct Device {
-  int compute_capability = 0;   // 10 * major + minor
+  int compute_capability = 0;  // 10 * major + minor
   int num_sms = 0;
-  int smem_per_block = 0;       // bytes a block may opt in to
-  int smem_per_sm = 0;          // bytes
+  int smem_per_block = 0;  // bytes a block may opt in to
+  int smem_per_sm = 0;     // bytes
   int64_t l2_bytes = 0;
 };
 

@@ -9,13 +9,13 @@
 
 namespace sparse_marlin {
 
-inline constexpr int kActBytes = 2;            // float16, bfloat16
-inline constexpr int kCopyBytes = 16;          // one asynchronous copy
+inline constexpr int kActBytes = 2;    // float16, bfloat16
+inline constexpr int kCopyBytes = 16;  // one asynchronous copy
 inline constexpr int kMinStages = 2;
 inline constexpr int kMaxStages = 5;
-inline constexpr int kEpiloguePad = 4;         // floats: spreads the four token columns of a warp over the banks
-inline constexpr int kEpilogueBlocks = 2;      // 8-token blocks a warp hands over in one pass of the epilogue
-inline constexpr int kPartialRows = 32;        // blocks of at most so many tokens keep only those that exist
+inline constexpr int kEpiloguePad = 4;     // floats: spreads the four token columns of a warp over the banks
+inline constexpr int kEpilogueBlocks = 2;  // 8-token blocks a warp hands over in one pass of the epilogue
+inline constexpr int kPartialRows = 32;    // blocks of at most so many tokens keep only those that exist
 inline constexpr int kActRowBytes = format::kTileCols * kActBytes;
 
 // Rows of scales a 128-column tile needs; channelwise scales are applied at the end and need none.
@@ -28,7 +28,8 @@ constexpr int act_rows(const Tile& t, int64_t m) {
   return t.block_m > kPartialRows ? t.block_m : static_cast<int>(std::min<int64_t>(t.block_m, m));
 }
 constexpr int stage_bytes(const Tile& t, int num_bits, int rows, int group_size) {
-  const int bytes = weight_stage_bytes(t, num_bits) + rows * kActRowBytes + scale_rows(group_size) * t.block_n * kActBytes;
+  const int bytes =
+      weight_stage_bytes(t, num_bits) + rows * kActRowBytes + scale_rows(group_size) * t.block_n * kActBytes;
   return (bytes + kActRowBytes - 1) / kActRowBytes * kActRowBytes;  // rows of activations are addressed by exclusive or
 }
 constexpr int epilogue_blocks(const Tile& t) { return std::min(kEpilogueBlocks, t.warp_m() / kMmaTokens); }

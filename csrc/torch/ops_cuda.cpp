@@ -87,8 +87,7 @@ Plan remembered_plan(const Problem& problem, const Device& device, int32_t devic
   using Key = std::tuple<int32_t, int64_t, int64_t, int64_t, int, int, DType>;
   constexpr size_t kMost = 4096;  // then start afresh: a prompt of every length would be remembered otherwise
   thread_local std::map<Key, Plan> plans;
-  const Key key{device_index,       problem.m,        problem.n,    problem.k,
-                problem.group_size, problem.num_bits, problem.dtype};
+  const Key key{device_index, problem.m, problem.n, problem.k, problem.group_size, problem.num_bits, problem.dtype};
   const auto found = plans.find(key);
   if (found != plans.end()) return found->second;
   if (plans.size() >= kMost) plans.clear();

@@ -4,7 +4,9 @@
 
 namespace sparse_marlin::ptx {
 
-__device__ __forceinline__ uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ uint32_t smem_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
 
 // 16 bytes past L1.
 __device__ __forceinline__ void cp_async_16(uint32_t dst, const void* src) {
@@ -20,7 +22,8 @@ __device__ __forceinline__ void cp_async_16_or_zero(uint32_t dst, const void* sr
 }
 // The same with an L2 policy: weights that are read once must not push activations out.
 __device__ __forceinline__ void cp_async_16(uint32_t dst, const void* src, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "l"(policy) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "l"(policy)
+               : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
