@@ -1,5 +1,6 @@
 """replace_linears: what is converted, what stays dense and why, and that a failure changes nothing."""
 
+import copy
 import json
 import re
 
@@ -86,6 +87,30 @@ def dense_twin(model, make):
     return twin
 
 
+def greedy(model, ids):
+    options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    return model.generate(ids, output_logits=True, return_dict_in_generate=True, **options)
+
+
+def decided_prompt(twin, exact, device):
+    """A prompt on which the twin's greedy path depends on no rounding.
+
+    At every step its first choice leads the second by four times the largest difference between its logits and those of
+    `exact`, the same model in float32. With random weights the lead is small, and two correct models of 16-bit
+    activations part where it is below their rounding.
+    """
+    for seed in range(60):
+        ids = torch.randint(1, 320, (1, 9), generator=torch.Generator().manual_seed(seed)).to(device)
+        out = greedy(twin, ids)
+        logits = torch.stack(out.logits, 1)[0].float()
+        with torch.inference_mode():
+            noise = (exact(out.sequences).logits[0, ids.shape[1] - 1 : -1] - logits).abs().max()
+        first, second = logits.topk(2).values.T
+        if (first - second).min() > 4 * noise:
+            return ids, out.sequences
+    pytest.fail("no prompt of 60 has a greedy path above rounding")
+
+
 @pytest.mark.parametrize("num_bits", [4, 8])
 @pytest.mark.parametrize("group_size", [-1, 32, 64, 128])
 def test_llama_generates_the_same_tokens_as_its_dequantized_twin(device, num_bits, group_size):
@@ -95,9 +120,8 @@ def test_llama_generates_the_same_tokens_as_its_dequantized_twin(device, num_bit
     assert len(report.converted) == 3 * 7
     assert reasons(report)["lm_head"] == "ignored by 'lm_head'"
     twin = dense_twin(model, lambda: tiny_llama(device, dtype))
-    ids = torch.randint(1, 320, (2, 9), generator=torch.Generator().manual_seed(1)).to(device)
-    options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    assert torch.equal(model.generate(ids, **options), twin.generate(ids, **options))
+    ids, tokens = decided_prompt(twin, copy.deepcopy(twin).float(), device)
+    assert torch.equal(greedy(model, ids).sequences, tokens)
 
 
 def test_replaced_model_saves_and_loads_its_state(tmp_path):

@@ -1,0 +1,79 @@
+// The pieces below the planner that only C++ sees: the blocks' share of the work, shared-memory and workspace arithmetic.
+#include <gtest/gtest.h>
+
+#include <set>
+#include <tuple>
+
+#include "device/scheduler.cuh"
+#include "plan/plan.h"
+#include "plan/smem.h"
+#include "plan/workspace.h"
+
+namespace sparse_marlin {
+namespace {
+
+// Every (output tile, column tile) belongs to exactly one block.
+TEST(Scheduler, SharesOutAllWorkOnce) {
+  for (int tiles_m : {1, 2, 7, 8, 9, 20}) {
+    for (int tiles_n : {1, 3, 16}) {
+      for (int splits : {1, 2, 3, 5}) {
+        for (int col_tiles : {5, 32}) {
+          std::set<std::tuple<int, int, int>> seen;
+          for (int block = 0; block < tiles_m * tiles_n * splits; ++block) {
+            const device::BlockWork w = device::block_work(block, tiles_m, tiles_n, splits, col_tiles);
+            ASSERT_GE(w.tile_m, 0);
+            ASSERT_LT(w.tile_m, tiles_m);
+            ASSERT_LT(w.tile_n, tiles_n);
+            ASSERT_LT(w.first_col, w.last_col) << "a share is never empty";
+            for (int col = w.first_col; col < w.last_col; ++col) {
+              ASSERT_TRUE(seen.emplace(w.tile_m, w.tile_n, col).second) << "computed twice";
+            }
+          }
+          EXPECT_EQ(seen.size(), static_cast<size_t>(tiles_m) * tiles_n * col_tiles);
+        }
+      }
+    }
+  }
+}
+
+TEST(Smem, StagesKeepTheAlignmentThatSwizzledAddressesNeed) {
+  for (const Tile& tile : kTiles) {
+    for (int bits : {4, 8}) {
+      for (int group : kGroupSizes) {
+        for (int rows : {1, 5, 8, tile.block_m}) {
+          EXPECT_EQ(stage_bytes(tile, bits, rows, group) % kActRowBytes, 0);
+          EXPECT_EQ(weight_stage_bytes(tile, bits) % kActRowBytes, 0);
+          EXPECT_GE(smem_bytes(tile, bits, rows, group, kMinStages), epilogue_bytes(tile));
+        }
+      }
+    }
+  }
+}
+
+TEST(Workspace, HoldsPartialsAndAlignedCopiesSideBySide) {
+  Problem p;
+  p.m = 3;
+  p.n = 65;
+  p.k = 36;
+  p.group_size = 32;
+  const Workspace w = workspace(p, 2);
+  EXPECT_GE(w.acts, 2 * 3 * 65 * 4);
+  EXPECT_GE(w.scales - w.acts, 3 * 40 * kActBytes) << "rows of 36 become rows of 40";
+  EXPECT_GE(w.size - w.scales, 2 * 72 * kActBytes) << "two groups of 65 become rows of 72";
+  EXPECT_EQ(w.acts % kWorkspaceAlign, 0);
+  EXPECT_EQ(w.scales % kWorkspaceAlign, 0);
+  p.n = 64;
+  p.k = 64;
+  EXPECT_EQ(workspace(p, 1).size, 0);
+}
+
+TEST(Plan, RefusesWhatTheDeviceCannotDo) {
+  const Device turing{75, 68, 64 * 1024, 64 * 1024, 4 << 20};
+  Problem p;
+  p.m = p.n = p.k = 64;
+  EXPECT_NE(why_unsupported(p, turing).find("got 7.5"), std::string::npos);
+  EXPECT_THROW(plan(p, turing), std::invalid_argument);
+}
+
+}  // namespace
+}  // namespace sparse_marlin

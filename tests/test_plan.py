@@ -1,0 +1,130 @@
+"""The planner, without a GPU: invariants over a grid of problems and devices, and the text of explain()."""
+
+import itertools
+
+import pytest
+
+from sparse_marlin import _core
+
+KIB = 1024
+DEVICES = {
+    "A100": _core.Device(80, 108, 163 * KIB, 164 * KIB, 40 << 20),
+    "RTX A6000": _core.Device(86, 84, 99 * KIB, 100 * KIB, 6 << 20),
+    "RTX 4090": _core.Device(89, 128, 99 * KIB, 100 * KIB, 72 << 20),
+    "H100": _core.Device(90, 132, 227 * KIB, 228 * KIB, 50 << 20),
+    "B200": _core.Device(100, 148, 227 * KIB, 228 * KIB, 126 << 20),
+    "RTX 5090": _core.Device(120, 170, 99 * KIB, 100 * KIB, 96 << 20),
+}
+TOKENS = [1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 100, 128, 200, 256, 512, 1000, 4096, 65536]
+WEIGHTS = [
+    (1, 4),
+    (7, 36),
+    (192, 576),
+    (1536, 576),
+    (4096, 4096),
+    (28672, 4096),
+    (4096, 14336),
+    (57344, 8192),
+    (1, 65536),
+]
+
+
+def problems():
+    for n, k in WEIGHTS:
+        for m in TOKENS:
+            for group_size in _core.GROUP_SIZES:
+                for num_bits in _core.NUM_BITS:
+                    yield _core.Problem(m, n, k, group_size, num_bits)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_plan_can_run(name):
+    device = DEVICES[name]
+    for problem in problems():
+        plan = _core.plan(problem, device)
+        tile = _core.TILES[plan.tile]
+        text = f"{name}: {problem.m} x {problem.n} x {problem.k}, group {problem.group_size}, {problem.num_bits} bits"
+        blocks = -(-problem.m // tile.block_m) * -(-problem.n // tile.block_n)
+        assert plan.grid == blocks * plan.splits, text
+        assert 1 <= plan.splits <= -(-problem.k // _core.TILE_COLS), text
+        assert plan.num_stages >= 2, text
+        assert plan.smem_bytes <= device.smem_per_block, text
+        assert plan.threads == tile.threads <= 1024, text
+        assert plan.predicted_us > 0, text
+        partials = 4 * plan.splits * problem.m * problem.n if plan.splits > 1 else 0
+        assert plan.workspace_bytes >= partials, text
+
+
+def test_the_plan_is_the_candidate_predicted_fastest():
+    device = DEVICES["H100"]
+    for problem in [_core.Problem(m, 6144, 4096) for m in TOKENS]:
+        best = _core.plan(problem, device)
+        for tile in range(len(_core.TILES)):
+            for splits in (1, 2, 3, 4, 6, 8, 12, 16):
+                try:
+                    other = _core.plan_with_tile(problem, device, tile, splits)
+                except ValueError:
+                    continue
+                if splits == 1 or other.grid <= 8 * device.num_sms:  # beyond that splits are not considered
+                    assert best.predicted_us <= other.predicted_us
+
+
+def test_planning_is_pure():
+    problem, device = _core.Problem(100, 4096, 4096), DEVICES["A100"]
+    first, second = _core.plan(problem, device), _core.plan(problem, device)
+    for field in ("tile", "splits", "num_stages", "grid", "smem_bytes", "workspace_bytes", "predicted_us"):
+        assert getattr(first, field) == getattr(second, field)
+
+
+def test_more_work_is_never_predicted_to_be_faster_by_much():
+    # Choosing among the same tiles, more tokens or features cannot help; waves leave room for a little.
+    for device in DEVICES.values():
+        times = [
+            _core.plan(_core.Problem(m, 4096, 4096), device).predicted_us for m in (1, 16, 64, 256, 1024, 4096, 16384)
+        ]
+        assert all(later >= 0.99 * earlier for earlier, later in itertools.pairwise(times))
+
+
+def test_few_tokens_take_small_tiles_and_many_take_large_ones():
+    device = DEVICES["H100"]
+    assert _core.TILES[_core.plan(_core.Problem(1, 4096, 4096), device).tile].block_m == 8
+    assert _core.TILES[_core.plan(_core.Problem(4096, 4096, 4096), device).tile].block_m == 64
+
+
+def test_small_shared_memory_rejects_large_stages_with_the_reason():
+    text = _core.explain(_core.Problem(64, 4096, 4096), DEVICES["RTX 4090"])
+    assert "rejected, needs" in text
+    assert "B of shared memory" in text
+    assert text.count(" * ") == 1, text
+
+
+def test_explain_names_problem_device_and_every_tile():
+    text = _core.explain(_core.Problem(5, 192, 576, group_size=64, num_bits=8, dtype="bfloat16"), DEVICES["H100"])
+    assert "m=5 n=192 k=576 group_size=64 num_bits=8 bfloat16" in text
+    assert "compute capability 9.0, 132 SMs" in text
+    assert len(text.strip().splitlines()) == 2 + len(_core.TILES)
+
+
+@pytest.mark.parametrize(
+    ("problem", "device", "message"),
+    [
+        (_core.Problem(1, 64, 64), _core.Device(75, 68, 64 * KIB, 64 * KIB, 4 << 20), "8.0 or higher, got 7.5"),
+        (_core.Problem(1, 64, 64, dtype="float32"), DEVICES["H100"], "float16 or bfloat16"),
+        (_core.Problem(1, 64, 66), DEVICES["H100"], "multiple of 4"),
+        (_core.Problem(1, 0, 64), DEVICES["H100"], "out features"),
+        (_core.Problem(-1, 64, 64), DEVICES["H100"], "tokens"),
+    ],
+)
+def test_what_cannot_run_says_why(problem, device, message):
+    assert message in _core.why_unsupported(problem, device)
+    with pytest.raises(ValueError, match="expected"):
+        _core.plan(problem, device)
+    assert "not supported" in _core.explain(problem, device)
+
+
+def test_a_forced_tile_must_exist_and_fit():
+    problem = _core.Problem(1, 64, 128)
+    with pytest.raises(ValueError, match="tile: expected 0 to"):
+        _core.plan_with_tile(problem, DEVICES["H100"], len(_core.TILES), 1)
+    with pytest.raises(ValueError, match="more splits than"):
+        _core.plan_with_tile(problem, DEVICES["H100"], 0, 2)
