@@ -7,7 +7,7 @@ from sparse_marlin import _core, testing
 
 
 def gemm_kernels() -> int:
-    """Every tile, activation type, code width and scale mode, with and without a split, on a problem with ragged edges."""
+    """Every tile, activation type, code width and scale mode, with and without a split, on ragged edges."""
     launches = 0
     n, k, m = 72, 260, 19
     for dtype in (torch.float16, torch.bfloat16):
