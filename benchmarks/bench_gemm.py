@@ -7,8 +7,8 @@
 Protocol: correctness first (every element, against float64); each side in a CUDA graph of many launches, the weights
 rotated through more than 250 MB so that no cache keeps them; median of the replays with the fastest and slowest; both
 sides in turn, so that they see the same clocks. Bytes are activations, codes, metadata, scales and output. `floor` is
-the larger of bytes over the bandwidth of a large kernel measured in the same run, and operations over the rate of mma.sp
-with both operands in registers (940 TFLOP/s on an H200, docs/KERNEL_SM80.md).
+the larger of bytes over the bandwidth of a large kernel measured in the same run, and operations over the rate of
+mma.sp with both operands in registers (940 TFLOP/s on an H200, docs/KERNEL_SM80.md).
 """
 
 import argparse
@@ -64,7 +64,7 @@ def graph_us(call: Callable[[int], object], launches: int) -> list[float]:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a microsecond, read and written, of a kernel that inverts a gigabyte (a graph's own copy is a slower engine's)."""
+    """Bytes a microsecond, read and written, of a kernel that inverts a gigabyte (a graph's own copy is slower)."""
     a = torch.zeros(1 << 28, dtype=torch.int32, device="cuda")
     b = torch.empty_like(a)
     return 2 * a.numel() * a.element_size() / statistics.median(graph_us(lambda _: torch.bitwise_not(a, out=b), 4))
