@@ -57,11 +57,11 @@ class Info:
 
 def planner_device(index: int = 0) -> _core.Device:
     """CUDA device `index` as the planner sees it."""
-    found = torch.cuda.get_device_properties(index)
+    found: Any = torch.cuda.get_device_properties(index)  # its type stub lacks members, which ones varies with torch
     return _core.Device(
         compute_capability=10 * found.major + found.minor,
         num_sms=found.multi_processor_count,
-        smem_per_block=found.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        smem_per_block=found.shared_memory_per_block_optin,
         smem_per_sm=found.shared_memory_per_multiprocessor,
         l2_bytes=found.L2_cache_size,
     )
