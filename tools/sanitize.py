@@ -1,4 +1,4 @@
-"""One small launch of every compiled kernel, to be run under compute-sanitizer (make sanitize)."""
+"""One small launch of every compiled kernel: `compute-sanitizer --tool memcheck python tools/sanitize.py`."""
 
 import torch
 

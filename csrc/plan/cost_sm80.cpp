@@ -1,4 +1,4 @@
-// The cost model of the portable kernel, fitted to 5400 measured plans (11 weight shapes, 1 to 2048 tokens, H200; 4-bit codes, group
+// The cost model of the portable kernel, fitted to 7807 measured plans (11 weight shapes, 1 to 2048 tokens, H200; 4-bit codes, group
 // 128; docs/KERNEL_SM80.md): the plan it picks is 1.2 % slower than the best measured one on average.
 //
 // Blocks run in waves, as many at once as an SM holds. In one turn every team of a block does one 128-column tile; a turn of an SM
