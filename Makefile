@@ -56,7 +56,7 @@ $(BUILT): $(DEPS) $(EXTENSION_FILES)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
-# Only links the folder and the command in; the extensions are there already.
+# Only links the folder and the command in: pip finds the objects that are there already and compiles nothing.
 $(INSTALLED): $(BUILT) pyproject.toml README.md
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps -e .
 	@touch $@

@@ -116,6 +116,12 @@ def core(archs: list[tuple[str, bool]]) -> Extension:
 class Build(BuildExtension):
     """One object folder per extension: both compile csrc/plan, with different flags."""
 
+    def finalize_options(self) -> None:
+        # A fixed folder, so that `setup.py build_ext --inplace` and pip share their objects: an editable install would
+        # use a temporary one and compile everything again.
+        self.build_temp = self.build_temp or "build/objects"
+        super().finalize_options()
+
     def build_extension(self, ext: Extension) -> None:
         base = self.build_temp
         self.build_temp = os.path.join(base, ext.name)
@@ -140,8 +146,6 @@ def main() -> None:
     setup(
         ext_modules=[operators(archs), core(archs)],
         cmdclass={"build_ext": Build},
-        # A fixed folder, so that an editable install and `setup.py build_ext --inplace` share their objects.
-        options={"build_ext": {"build_temp": "build/objects"}},
     )
 
 
