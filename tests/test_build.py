@@ -1,8 +1,11 @@
 """What the built extension contains: the stated architectures, sparse MMA instructions, no library but torch's."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -94,6 +97,22 @@ def test_the_operators_use_the_stable_abi_only():
 
 def test_the_library_is_small():
     assert Path(LIBRARY).stat().st_size < 20e6
+
+
+@pytest.mark.slow
+def test_a_source_distribution_has_every_source(tmp_path):
+    pytest.importorskip("pybind11", reason="setup.py needs pybind11")
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path)]
+    command += ["sdist", "--dist-dir", str(tmp_path)]
+    environment = {**os.environ, "SPARSE_MARLIN_CPU_ONLY": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        found = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    wanted += (ROOT / "python").rglob("*.py*")
+    wanted = [str(path.relative_to(ROOT)) for path in wanted if path.suffix != ".pyc"]
+    assert not [name for name in [*wanted, "setup.py", "pyproject.toml", "LICENSE", "README.md"] if name not in found]
 
 
 def test_version_is_stated_once():
