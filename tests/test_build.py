@@ -9,6 +9,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.cpp_extension import CUDA_HOME
 
 import sparse_marlin
 from sparse_marlin import _core
@@ -97,6 +99,36 @@ def test_the_operators_use_the_stable_abi_only():
 
 def test_the_library_is_small():
     assert Path(LIBRARY).stat().st_size < 20e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"SPARSE_MARLIN_CPU_ONLY": "1"}, "CPU-only, because SPARSE_MARLIN_CPU_ONLY is set"),
+        ({"CUDA_HOME": "/nowhere"}, "CPU-only, because (no nvcc found|the installed torch .* has no CUDA)"),
+        ({"TORCH_CUDA_ARCH_LIST": "7.5 10.0;12.0+PTX"}, "leaving out 7.5: .* begin with compute capability 8.0"),
+        ({"TORCH_CUDA_ARCH_LIST": "7.5 10.0;12.0+PTX"}, r"sm_100 .*code=\[sm_120,compute_120\]"),
+        ({"TORCH_CUDA_ARCH_LIST": "sm_90"}, "expected entries such as 8.0, 9.0a or 12.0.PTX, got 'sm_90'"),
+        ({"TORCH_CUDA_ARCH_LIST": "7.5"}, "expected at least one of 8.0 and up, got '7.5'"),
+    ],
+)
+def test_the_build_says_what_it_builds(environment, told):
+    pytest.importorskip("pybind11", reason="setup.py needs pybind11")
+    nvcc = CUDA_HOME is not None and (Path(CUDA_HOME) / "bin" / "nvcc").exists()
+    if "TORCH_CUDA_ARCH_LIST" in environment and not (nvcc and torch.version.cuda):
+        pytest.skip("nothing to compile CUDA code with")
+    clean = {name: value for name, value in os.environ.items() if name not in {"SPARSE_MARLIN_CPU_ONLY"}}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "--version"],
+        cwd=ROOT,
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert re.search(told, done.stderr), done.stderr
+    assert (done.returncode == 0) == ("expected" not in told)
 
 
 @pytest.mark.slow

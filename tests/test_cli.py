@@ -76,6 +76,15 @@ def test_info_names_versions():
     assert str(_core.FORMAT_VERSION) in found["format"]
 
 
+def test_version_and_help():
+    assert run("--version").stdout == f"sparse-marlin {sparse_marlin.__version__}\n"
+    shown = run("--help")
+    assert shown.exit_code == 0
+    for command in ("demo", "generate", "eval", "inspect", "info"):
+        assert command in shown.stdout
+        assert run(command, "--help").exit_code == 0
+
+
 def test_module_and_entry_point_are_the_same_program():
     environment = {**os.environ, "PYTHONPATH": str(Path(sparse_marlin.__file__).parents[1])}
     done = subprocess.run(
@@ -161,10 +170,11 @@ def test_inspect_a_state_dict_sees_sparsity_and_packed_layers(tmp_path):
     state["broken.weight_packed"] = torch.zeros_like(state["four.weight_packed"])
     state["broken.scales"] = state["four.scales"]
     torch.save(state, tmp_path / "state.pt")
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     from safetensors.torch import save_file
 
     save_file({name: tensor.clone() for name, tensor in state.items()}, str(tmp_path / "state.safetensors"))
-    for name in ("state.pt", "state.safetensors"):
+    for name in ("state.pt", "old.pt", "state.safetensors"):
         result = run("inspect", tmp_path / name, "--json")
         assert result.exit_code == 0, result.stderr
         layers = {layer["name"]: layer for layer in json.loads(result.stdout)["layers"]}

@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ._extension import _core
+from ._version import __version__
 
 app = typer.Typer(
     name="sparse-marlin",
-    help="2:4-sparse INT4/INT8 linear layers for PyTorch, on CUDA and on the CPU.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -64,6 +64,21 @@ def _check_device(value: str | None) -> str | None:
     if device.type not in ("cpu", "cuda"):
         raise typer.BadParameter(f"expected cpu, cuda or cuda:N, got {value}")
     return value
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"sparse-marlin {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """2:4-sparse INT4/INT8 linear layers for PyTorch, on CUDA and on the CPU."""
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]

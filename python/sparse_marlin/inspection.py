@@ -9,6 +9,7 @@ the shapes.
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,7 +86,8 @@ def _open_state_dict(path: Path) -> _Tensors:
 
             opened = safe_open(str(path), framework="pt")
             return {name: lambda name=name: opened.get_tensor(name) for name in opened.keys()}  # type: ignore[misc] # noqa: SIM118
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Files from before torch 1.6 are no archives and cannot be mapped.
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # three libraries, no common base: every one of them means an unreadable file
         kind = "safetensors" if path.suffix == ".safetensors" else "torch.save"
         first = next(iter(str(error).splitlines()), type(error).__name__)
