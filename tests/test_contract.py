@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_gemm import Layer
 from torch import nn
+from torch.autograd import forward_ad
 
 import sparse_marlin
 from sparse_marlin import _core
@@ -106,6 +107,31 @@ def test_only_the_gradients_asked_for(device):
     assert grad.shape == (64,)
     with torch.no_grad():
         assert not layer(a).requires_grad
+
+
+@pytest.mark.parametrize("of", ["a", "bias", "both"])
+def test_forward_mode_gradients_are_those_of_the_dense_layer(device, of):
+    layer = Layer(70, 132, 32, 4, half_of(device), device, bias=True)
+    a, bias = smt.activations(5, 132, dtype=half_of(device), device=device), layer.bias
+    weight = smt.dequantized(layer.codes, layer.scales, 32)
+    with forward_ad.dual_level():
+        if of != "bias":
+            a = forward_ad.make_dual(a, smt.activations(5, 132, dtype=a.dtype, seed=3, device=device))
+        if of != "a":
+            layer.bias = forward_ad.make_dual(bias, smt.activations(70, dtype=a.dtype, seed=4, device=device))
+        got = forward_ad.unpack_dual(layer(a)).tangent
+        wanted = forward_ad.unpack_dual(nn.functional.linear(a, weight, layer.bias)).tangent
+    torch.testing.assert_close(got, wanted)
+
+
+def test_transforms_that_are_not_supported_are_errors(device):
+    """Not wrong numbers: torch.func passes by the rule for gradients."""
+    layer = Layer(64, 128, dtype=half_of(device), device=device)
+    a = smt.activations(3, 128, dtype=half_of(device), device=device)
+    with pytest.raises(RuntimeError, match=r"autograd\.Function"):
+        torch.func.jvp(layer, (a,), (a,))
+    with pytest.raises(RuntimeError, match=r"autograd\.Function"):
+        torch.func.grad(lambda x: layer(x).sum())(a)
 
 
 class Block(nn.Module):

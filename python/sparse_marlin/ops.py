@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._extension import _core
 
@@ -155,6 +156,7 @@ class _Gemm(torch.autograd.Function):
         bias: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(weight_packed, scales)
+        ctx.save_for_forward(weight_packed, scales)
         ctx.size_k, ctx.group_size, ctx.num_bits = a.shape[-1], group_size, num_bits
         with torch._C._AutoDispatchBelowAutograd():
             return _gemm.redispatch(keyset & _after_autograd, a, weight_packed, scales, group_size, num_bits, bias)
@@ -172,6 +174,12 @@ class _Gemm(torch.autograd.Function):
             grad_bias = total.to(grad_out.dtype)
         return None, grad_a, None, None, None, None, grad_bias
 
+    @staticmethod
+    def jvp(ctx: Any, _: Any, a: Tensor, *others: Any) -> Tensor:
+        weight_packed, scales = ctx.saved_tensors
+        bias = others[-1]
+        return _ops.sparse_marlin_gemm(a, weight_packed, scales, ctx.group_size, ctx.num_bits, bias)
+
 
 # The dispatcher leaves out trailing arguments that equal their defaults.
 def _autograd_kernel(
@@ -183,7 +191,8 @@ def _autograd_kernel(
     num_bits: int = 4,
     bias: Tensor | None = None,
 ) -> Tensor:
-    if torch.is_grad_enabled() and (a.requires_grad or (bias is not None and bias.requires_grad)):
+    wanted = torch.is_grad_enabled() and (a.requires_grad or (bias is not None and bias.requires_grad))
+    if wanted or forward_ad._current_level >= 0:  # a tangent passed by would be lost without a word
         return _Gemm.apply(keyset, a, weight_packed, scales, group_size, num_bits, bias)
     return _gemm.redispatch(keyset & _after_autograd, a, weight_packed, scales, group_size, num_bits, bias)
 
