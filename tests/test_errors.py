@@ -83,6 +83,12 @@ def test_gemm(good, case):
     matches(error(sparse_marlin_gemm, **good), "sparse_marlin_gemm", argument, expected, got)
 
 
+@pytest.mark.parametrize("argument", ["weight_packed", "scales"])
+def test_none_instead_of_a_tensor(good, argument):
+    good[argument] = None
+    matches(error(sparse_marlin_gemm, **good), "sparse_marlin_gemm", argument, "a tensor", "None")
+
+
 def test_the_remedies_are_told(good):
     good["scales"] = good["scales"].float()
     assert ".to(dtype)" in error(sparse_marlin_gemm, **good)
@@ -146,6 +152,11 @@ def test_pack(device, case):
     weight, scales = smt.random_codes(N, K, device=device), smt.random_scales(N, K, GROUP, device=device)
     weight, scales = spoil(weight, scales)
     matches(error(pack_24_weights, weight, scales, GROUP), "pack_24_weights", argument, expected, got)
+
+
+def test_pack_without_scales(device):
+    codes = smt.random_codes(N, K, device=device)
+    matches(error(pack_24_weights, codes, None), "pack_24_weights", "scales", "a tensor", "None")
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,7 @@ GemmCall gemm_call(const Tensor& a, const Tensor& weight_packed, const Tensor& s
   const Arg acts{kGemmOp, "a", a}, weight{kGemmOp, "weight_packed", weight_packed}, scale{kGemmOp, "scales", scales};
   expect_num_bits(kGemmOp, num_bits);
   expect_group_size(kGemmOp, group_size);
+  for (const Arg* arg : {&acts, &weight, &scale}) expect_tensor(*arg);
   expect_acts(acts);
   expect_device_of(weight, acts);
   expect_dtype(weight, {ScalarType::Int});
@@ -123,6 +124,7 @@ PackCall pack_call(const Tensor& weight, const Tensor& scales, int64_t group_siz
   const Arg dense{kPackOp, "weight", weight}, scale{kPackOp, "scales", scales};
   expect_num_bits(kPackOp, num_bits);
   expect_group_size(kPackOp, group_size);
+  for (const Arg* arg : {&dense, &scale}) expect_tensor(*arg);
   expect_dtype(dense, {ScalarType::Char, ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
   expect_dims(dense, 2, "[N, K]");
   expect_device_of(scale, dense);

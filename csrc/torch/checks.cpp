@@ -56,6 +56,10 @@ std::string device_text(const Tensor& tensor) {
                           : type + std::to_string(tensor.get_device_index());
 }
 
+void expect_tensor(const Arg& arg) {
+  if (!arg.tensor.defined()) fail(arg.op, arg.name, "a tensor", "None");
+}
+
 void expect_dtype(const Arg& arg, std::initializer_list<ScalarType> allowed, const char* remedy) {
   const ScalarType got = arg.tensor.scalar_type();
   for (const ScalarType type : allowed)

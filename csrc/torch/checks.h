@@ -31,6 +31,8 @@ std::string shape_text(const Tensor& tensor);
 std::string shape_text(std::initializer_list<int64_t> shape);
 std::string device_text(const Tensor& tensor);
 
+// None: TorchScript and the dispatcher let it pass for a Tensor.
+void expect_tensor(const Arg& arg);
 void expect_dtype(const Arg& arg, std::initializer_list<ScalarType> allowed, const char* remedy = "");
 void expect_dtype_of(const Arg& arg, const Arg& other);
 void expect_device_of(const Arg& arg, const Arg& other);
