@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 import sparse_marlin
 from sparse_marlin import SparseMarlinLinear, _core
+from sparse_marlin import testing as smt
 from sparse_marlin.cli import app
 from sparse_marlin.quantize import prune_24_magnitude
 
@@ -58,6 +60,21 @@ def model_folder(tmp_path_factory):
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_code_of_the_readme_runs(model_folder, capsys):
+    whole_model, weights_from_elsewhere = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    name = re.search(r'^name = "(.*)"', whole_model, re.MULTILINE).group(1)
+    exec(whole_model.replace(name, str(model_folder)), {})
+    assert "14 of 15 linear layers converted" in capsys.readouterr().out
+    codes = smt.random_codes(72, 384)
+    names = {"torch": torch, "sparse_marlin": sparse_marlin, "codes": codes, "scales": smt.random_scales(72, 384)}
+    names |= {"bias": torch.ones(72), "a": torch.randn(2, 3, 384)}
+    exec(weights_from_elsewhere, names)
+    torch.testing.assert_close(names["layer"](names["a"]), names["out"] + names["bias"])
 
 
 @pytest.fixture
