@@ -78,6 +78,8 @@ def operators(archs: list[tuple[str, bool]]) -> Extension:
     if cuda:
         files += sources("launch/*.cpp", "pack/*.cu", "launch/*.cu", "instantiations/*.cu")
         macros.append(("USE_CUDA", None))  # declares the stream functions of torch's C shim
+        if any(arch == "90a" for arch, _ in archs):
+            macros.append(("SPARSE_MARLIN_SM90A", None))  # the Hopper kernels are more than empty shells
         # The static runtime, so that the library needs libtorch and the driver and nothing else of CUDA.
         libraries += ["torch_cuda", "cudart_static", "dl", "rt", "pthread"]
     device = "cuda" if cuda else "cpu"

@@ -44,8 +44,10 @@ def test_every_plan_can_run(name):
         plan = _core.plan(problem, device)
         tile = _core.TILES[plan.tile]
         text = f"{name}: {problem.m} x {problem.n} x {problem.k}, group {problem.group_size}, {problem.num_bits} bits"
-        blocks = -(-problem.m // tile.block_m) * -(-problem.n // tile.block_n)
-        assert plan.grid == blocks * plan.splits, text
+        clusters = -(-problem.m // tile.block_m) * -(-problem.n // (tile.block_n * tile.cluster)) * plan.splits
+        if tile.kernel == "sm90":  # persistent: at most what the GPU holds at once
+            clusters = min(clusters, device.num_sms // tile.cluster)
+        assert plan.grid == clusters * tile.cluster, text
         assert 1 <= plan.splits <= -(-problem.k // _core.TILE_COLS), text
         assert plan.num_stages >= 2, text
         assert plan.smem_bytes <= device.smem_per_block, text
@@ -65,7 +67,9 @@ def test_the_plan_is_the_candidate_predicted_fastest():
                     other = _core.plan_with_tile(problem, device, tile, splits)
                 except ValueError:
                     continue
-                if splits == 1 or other.grid <= 8 * device.num_sms:  # beyond that splits are not considered
+                chosen = _core.TILES[tile]
+                blocks = -(-problem.m // chosen.block_m) * -(-problem.n // chosen.block_n) * splits
+                if splits == 1 or blocks <= 8 * device.num_sms:  # beyond that splits are not considered
                     assert best.predicted_us <= other.predicted_us
 
 
@@ -88,7 +92,17 @@ def test_more_work_is_never_predicted_to_be_faster_by_much():
 def test_few_tokens_take_small_tiles_and_many_take_large_ones():
     device = DEVICES["H100"]
     assert _core.TILES[_core.plan(_core.Problem(1, 4096, 4096), device).tile].block_m == 8
-    assert _core.TILES[_core.plan(_core.Problem(4096, 4096, 4096), device).tile].block_m == 64
+    assert _core.TILES[_core.plan(_core.Problem(4096, 4096, 4096), device).tile].block_m >= 128
+
+
+def test_only_hopper_with_its_native_code_gets_the_hopper_kernel():
+    problem = _core.Problem(4096, 4096, 4096)
+    without = _core.Device(90, 132, 227 * KIB, 228 * KIB, 50 << 20, hopper_kernels=False)
+    for name, device in {**DEVICES, "H100 without": without}.items():
+        wanted = "sm90" if name == "H100" else "sm80"
+        assert _core.TILES[_core.plan(problem, device).tile].kernel == wanted, name
+    assert "native code for 9.0a" in _core.explain(problem, without)
+    assert "needs compute capability 9.0" in _core.explain(problem, DEVICES["A100"])
 
 
 def test_small_shared_memory_rejects_large_stages_with_the_reason():

@@ -9,6 +9,7 @@
 #pragma once
 #include "device/kernel_args.h"
 #include "device/ptx/cp_async.cuh"
+#include "device/ptx/dependent_launch.cuh"
 #include "device/scheduler.cuh"
 #include "plan/smem.h"
 
@@ -51,6 +52,7 @@ struct Copies {
   int tokens_left;                     // tokens from this thread's first one to the end
   int scale_row;                       // group of the tile this thread copies, or -1
   int scale_feature;
+  int rows_of_tiles;  // 64-row tiles from the block's first one to the end
 
   __device__ Copies(const KernelArgs& a, const BlockWork& work, int first_col_tile, int team_thread)
       : args(a),
@@ -60,6 +62,7 @@ struct Copies {
     const int feature0 = work.tile_n * kTile.block_n;
     const int64_t row_bytes = a.params.weights_row_words * format::kWordBytes;
     const int first_tile = feature0 / format::kTileRows, last_tile = static_cast<int>(format::row_tiles(a.n)) - 1;
+    rows_of_tiles = last_tile - first_tile + 1;
     weights = reinterpret_cast<const char*>(a.params.weights) + first_tile * row_bytes +
               feature0 % format::kTileRows / format::kSliceRows * format::slice_bytes(kBits) +
               static_cast<int64_t>(col_tile) * format::tile_bytes(kBits);
@@ -121,6 +124,17 @@ struct Copies {
       cols_left -= kStride * format::kTileCols;
       col_tile += kStride;
     }
+  }
+
+  // Weights of the first `stages` column tiles, of which `count` exist, into L2: they depend on no kernel before this one. One lane
+  // a run of bytes.
+  __device__ __forceinline__ void prefetch_weights(int stages, int count) const {
+    constexpr int kRuns = kWeightChunks / kRunChunks;
+    const int stage = thread / kRuns, run = thread % kRuns;
+    if (stage >= min(stages, count)) return;
+    const int64_t row_bytes = args.params.weights_row_words * format::kWordBytes;
+    const int64_t tile = min(run, rows_of_tiles - 1) * row_bytes;
+    ptx::prefetch_l2(weights + tile + stage * (kStride * format::tile_bytes(kBits)), kRunChunks * kCopyBytes);
   }
 
   __device__ __forceinline__ void copy_scales(uint32_t stage) const {

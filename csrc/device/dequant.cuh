@@ -143,4 +143,28 @@ __device__ __forceinline__ void apply_scales(ptx::FragA& f, const RowScales& s) 
   f.reg[3] = Pair<Act>::mul(f.reg[3], s.high);
 }
 
+// The same with both scales in one register, row g in the low half: the multiplication takes either half of an operand for both of
+// its values, so nothing has to be spread.
+template <typename Act>
+__device__ __forceinline__ void apply_packed_scales(ptx::FragA& f, uint32_t scales);
+
+template <>
+__device__ __forceinline__ void apply_packed_scales<__half>(ptx::FragA& f, uint32_t scales) {
+  const __half2 s = *reinterpret_cast<const __half2*>(&scales);
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    __half2& v = *reinterpret_cast<__half2*>(&f.reg[r]);
+    v = __hmul2(v, r % 2 == 0 ? __low2half2(s) : __high2half2(s));
+  }
+}
+template <>
+__device__ __forceinline__ void apply_packed_scales<__nv_bfloat16>(ptx::FragA& f, uint32_t scales) {
+  const __nv_bfloat162 s = *reinterpret_cast<const __nv_bfloat162*>(&scales);
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    __nv_bfloat162& v = *reinterpret_cast<__nv_bfloat162*>(&f.reg[r]);
+    v = __hmul2(v, r % 2 == 0 ? __low2bfloat162(s) : __high2bfloat162(s));
+  }
+}
+
 }  // namespace sparse_marlin::device

@@ -2,6 +2,7 @@
 #pragma once
 #include "device/epilogue.cuh"
 #include "device/mainloop_sm80.cuh"
+#include "device/ptx/dependent_launch.cuh"
 
 namespace sparse_marlin::device {
 
@@ -24,6 +25,9 @@ __global__ void __launch_bounds__(kTiles[kTileIndex].threads(), kTiles[kTileInde
   const int ring_bytes = args.num_stages * stage_bytes(kTile, kBits, args.act_rows, args.group_size);
   const int first = work.first_col + team, count = max(0, (work.last_col - first + kTile.warps_k - 1) / kTile.warps_k);
   Copies<kBits, kTile> copies(args, work, first, threadIdx.x % kTile.team_threads());
+  copies.prefetch_weights(args.num_stages, count);
+  ptx::grid_dependency_wait();
+  ptx::grid_launch_dependents();
   typename Loop::Sums sums = {};
   Loop{args, copies, ptx::smem_address(shared) + team * ring_bytes, scale_rows(args.group_size), place, team}.run(
       sums, count);

@@ -8,13 +8,10 @@
 #include "device/dequant.cuh"
 #include "device/kernel_args.h"
 #include "device/ptx/mma_sp.cuh"
+#include "plan/scale_mode.h"
 #include "plan/smem.h"
 
 namespace sparse_marlin::device {
-
-// Where a group of scales ends: nowhere in the main loop (channelwise, scaled by the epilogue), after whole tiles (group sizes 128
-// and 256), after steps inside a tile (32, 64).
-enum class ScaleMode : int { kNone, kTiles, kSteps };
 
 template <typename Act, int kBits, Tile kTile, ScaleMode kMode>
 struct Mainloop {

@@ -1,6 +1,7 @@
 // Adds the splits' float32 partial sums in a fixed order, then bias and one rounding: bitwise the same from run to run.
 #pragma once
 #include "device/epilogue.cuh"
+#include "device/ptx/dependent_launch.cuh"
 
 namespace sparse_marlin::device {
 
@@ -8,6 +9,8 @@ inline constexpr int kReduceThreads = 256;
 
 template <typename Act>
 __global__ void __launch_bounds__(kReduceThreads) reduce_splits(const __grid_constant__ KernelArgs args) {
+  ptx::grid_dependency_wait();  // the partial sums are there
+  ptx::grid_launch_dependents();
   const int64_t size = static_cast<int64_t>(args.m) * args.n;
   const bool aligned = args.n % kVector == 0;
   const int row_vectors = (args.n + kVector - 1) / kVector;

@@ -9,9 +9,9 @@ namespace sparse_marlin {
 
 template <typename Act, int kBits, int... kIndex>
 constexpr KernelTable fill_table(std::integer_sequence<int, kIndex...>) {
-  return {{{device::gemm_sm80<Act, kBits, kIndex, device::ScaleMode::kNone>...},
-           {device::gemm_sm80<Act, kBits, kIndex, device::ScaleMode::kTiles>...},
-           {device::gemm_sm80<Act, kBits, kIndex, device::ScaleMode::kSteps>...}}};
+  return {{{device::gemm_sm80<Act, kBits, kIndex, ScaleMode::kNone>...},
+           {device::gemm_sm80<Act, kBits, kIndex, ScaleMode::kTiles>...},
+           {device::gemm_sm80<Act, kBits, kIndex, ScaleMode::kSteps>...}}};
 }
 template <typename Act, int kBits>
 constexpr KernelTable fill_table() {

@@ -4,12 +4,12 @@
 #include <array>
 
 #include "device/kernel_args.h"
+#include "plan/scale_mode.h"
 #include "plan/tiles.h"
 
 namespace sparse_marlin {
 
 using GemmKernel = void (*)(device::KernelArgs);
-inline constexpr int kScaleModes = 3;  // device::ScaleMode
 using KernelTable = std::array<std::array<GemmKernel, kTiles.size()>, kScaleModes>;
 
 extern const KernelTable kKernelsF16Int4;

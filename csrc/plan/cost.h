@@ -2,9 +2,11 @@
 #pragma once
 #include "plan/plan.h"
 #include "plan/tiles.h"
+#include "plan/tiles_sm90.h"
 
 namespace sparse_marlin {
 
 double predicted_us(const Problem& problem, const Device& device, const Tile& tile, const Plan& plan);
+double predicted_us(const Problem& problem, const Device& device, const TileSm90& tile, const Plan& plan);
 
 }  // namespace sparse_marlin

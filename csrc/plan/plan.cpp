@@ -8,13 +8,16 @@
 
 #include "plan/cost.h"
 #include "plan/smem.h"
+#include "plan/smem_sm90.h"
 #include "plan/tiles.h"
+#include "plan/tiles_sm90.h"
 #include "plan/workspace.h"
 
 namespace sparse_marlin {
 namespace {
 
 constexpr int kMinComputeCapability = 80;
+constexpr int kHopper = 90;
 constexpr int64_t kMaxGrid = 2147483647;
 constexpr int64_t kMaxWorkspaceBytes = int64_t{1} << 30;
 constexpr int kSplits[] = {1, 2, 3, 4, 6, 8, 12, 16};  // what plan() tries; plan_with_tile takes any up to the last
@@ -26,29 +29,29 @@ struct Candidate {
   std::string rejected;  // why, or empty
 };
 
-Candidate build(const Problem& problem, const Device& device, int tile_index, int splits) {
-  const Tile& tile = kTiles[tile_index];
-  Candidate c;
+// Shared by all kernels: the split and its workspace.
+void add_splits(Candidate& c, const Problem& problem, int splits) {
+  const int64_t col_tiles = format::col_tiles(problem.k);
+  c.plan.splits = splits;
+  c.plan.workspace_bytes = workspace(problem, splits).size;
+  if (splits > col_tiles) {
+    c.rejected = "more splits than 128-column tiles (" + std::to_string(col_tiles) + ")";
+  } else if (splits > 1 && c.plan.workspace_bytes > kMaxWorkspaceBytes) {
+    c.rejected = "workspace of " + std::to_string(c.plan.workspace_bytes >> 20) + " MiB";
+  }
+}
+
+void build_sm80(Candidate& c, const Problem& problem, const Device& device, int splits) {
   Plan& p = c.plan;
-  p.tile = tile_index;
-  p.splits = splits;
+  const Tile& tile = kTiles[p.tile];
   p.threads = tile.threads();
+  const int64_t col_tiles = format::col_tiles(problem.k);
   const int64_t tiles_m = (problem.m + tile.block_m - 1) / tile.block_m;
   const int64_t tiles_n = (problem.n + tile.block_n - 1) / tile.block_n;
   p.grid = tiles_m * tiles_n * splits;
-  const int64_t col_tiles = format::col_tiles(problem.k);
-  if (splits > col_tiles) {
-    c.rejected = "more splits than 128-column tiles (" + std::to_string(col_tiles) + ")";
-    return c;
-  }
   if (p.grid > kMaxGrid) {
     c.rejected = "grid of " + std::to_string(p.grid) + " blocks";
-    return c;
-  }
-  p.workspace_bytes = workspace(problem, splits).size;
-  if (splits > 1 && p.workspace_bytes > kMaxWorkspaceBytes) {
-    c.rejected = "workspace of " + std::to_string(p.workspace_bytes >> 20) + " MiB";
-    return c;
+    return;
   }
   const int rows = act_rows(tile, problem.m);
   const int64_t turns = ((col_tiles + splits - 1) / splits + tile.warps_k - 1) / tile.warps_k;
@@ -68,19 +71,54 @@ Candidate build(const Problem& problem, const Device& device, int tile_index, in
     const int bytes = smem_bytes(tile, problem.num_bits, rows, problem.group_size, kMinStages);
     c.rejected =
         "needs " + std::to_string(bytes) + " B of shared memory, a block has " + std::to_string(device.smem_per_block);
-    return c;
+    return;
   }
   p.predicted_us = predicted_us(problem, device, tile, p);
+}
+
+void build_sm90(Candidate& c, const Problem& problem, const Device& device, int splits) {
+  Plan& p = c.plan;
+  const TileSm90& tile = tile_sm90(p.tile);
+  if (device.compute_capability != kHopper) {
+    c.rejected = "needs compute capability 9.0";
+    return;
+  }
+  if (!device.hopper_kernels) {
+    c.rejected = "needs a build with native code for 9.0a (TORCH_CUDA_ARCH_LIST)";
+    return;
+  }
+  const SmemSm90 smem = smem_sm90(tile, problem.num_bits, scale_mode(problem.group_size));
+  p.threads = tile.threads();
+  p.num_stages = smem.stages;
+  p.smem_bytes = smem.size;
+  const int cluster_n = tile.block_n() * tile.cluster;
+  const int64_t items =
+      (problem.m + tile.block_m - 1) / tile.block_m * ((problem.n + cluster_n - 1) / cluster_n) * splits;
+  p.grid = std::min<int64_t>(items, device.num_sms / tile.cluster) * tile.cluster;  // persistent
+  p.predicted_us = predicted_us(problem, device, tile, p);
+}
+
+Candidate build(const Problem& problem, const Device& device, int tile, int splits) {
+  Candidate c;
+  c.plan.tile = tile;
+  add_splits(c, problem, splits);
+  if (!c.rejected.empty()) return c;
+  if (is_sm90(tile)) {
+    build_sm90(c, problem, device, splits);
+  } else {
+    build_sm80(c, problem, device, splits);
+  }
   return c;
 }
 
 std::vector<Candidate> candidates(const Problem& problem, const Device& device) {
   std::vector<Candidate> all;
-  for (int tile = 0; tile < static_cast<int>(kTiles.size()); ++tile) {
+  for (int tile = 0; tile < kNumTiles; ++tile) {
+    const int64_t blocks =
+        ((problem.m + block_m(tile) - 1) / block_m(tile)) * ((problem.n + block_n(tile) - 1) / block_n(tile));
     for (int splits : kSplits) {
       all.push_back(build(problem, device, tile, splits));
-      const Candidate& c = all.back();
-      if (!c.rejected.empty() || c.plan.grid > static_cast<int64_t>(kEnoughBlocks) * device.num_sms) break;
+      if (!all.back().rejected.empty() || blocks * splits > int64_t{kEnoughBlocks} * device.num_sms) break;
     }
   }
   return all;
@@ -94,8 +132,15 @@ const Candidate* best(const std::vector<Candidate>& all) {
   return chosen;
 }
 
-std::string tile_text(const Tile& t) {
+std::string tile_text(int tile) {
   char text[96];
+  if (is_sm90(tile)) {
+    const TileSm90& t = tile_sm90(tile);
+    std::snprintf(text, sizeof(text), "%3d tokens x %3d features, wgmma.sp, %d x %d panels, clusters of %d", t.block_m,
+                  t.block_n(), t.consumers, t.panels, t.cluster);
+    return text;
+  }
+  const Tile& t = kTiles[tile];
   std::snprintf(text, sizeof(text), "%3d tokens x %3d features, warps %d x %d x %d along k", t.block_m, t.block_n,
                 t.warps_m, t.warps_n, t.warps_k);
   return text;
@@ -142,8 +187,8 @@ Plan plan(const Problem& problem, const Device& device) {
 Plan plan_with_tile(const Problem& problem, const Device& device, int tile, int splits) {
   const std::string why = why_unsupported(problem, device);
   if (!why.empty()) throw std::invalid_argument(why);
-  if (tile < 0 || tile >= static_cast<int>(kTiles.size())) {
-    throw std::invalid_argument("tile: expected 0 to " + std::to_string(kTiles.size() - 1) + ", got " +
+  if (tile < 0 || tile >= kNumTiles) {
+    throw std::invalid_argument("tile: expected 0 to " + std::to_string(kNumTiles - 1) + ", got " +
                                 std::to_string(tile));
   }
   if (splits > kMaxSplits) {
@@ -157,8 +202,7 @@ Plan plan_with_tile(const Problem& problem, const Device& device, int tile, int 
     if (c.rejected.empty() && c.plan.predicted_us < chosen.plan.predicted_us) chosen = c;
   }
   if (!chosen.rejected.empty()) {
-    throw std::invalid_argument("tile " + std::to_string(tile) + " (" + tile_text(kTiles[tile]) +
-                                "): " + chosen.rejected);
+    throw std::invalid_argument("tile " + std::to_string(tile) + " (" + tile_text(tile) + "): " + chosen.rejected);
   }
   return chosen.plan;
 }
@@ -175,7 +219,7 @@ std::string explain(const Problem& problem, const Device& device) {
   const std::vector<Candidate> all = candidates(problem, device);
   const Candidate* chosen = best(all);
   // of each tile the best split, or the reason it has none
-  for (int tile = 0; tile < static_cast<int>(kTiles.size()); ++tile) {
+  for (int tile = 0; tile < kNumTiles; ++tile) {
     const Candidate* of_tile = nullptr;
     for (const Candidate& c : all) {
       if (c.plan.tile != tile) continue;
@@ -184,7 +228,7 @@ std::string explain(const Problem& problem, const Device& device) {
           (c.rejected.empty() && (!of_tile->rejected.empty() || c.plan.predicted_us < of_tile->plan.predicted_us));
       if (better) of_tile = &c;
     }
-    const std::string name = tile_text(kTiles[tile]);
+    const std::string name = tile_text(tile);
     if (!of_tile->rejected.empty()) {
       text += "  " + name + ": rejected, " + of_tile->rejected + "\n";
       continue;

@@ -15,10 +15,11 @@ struct Device {
   int smem_per_block = 0;  // bytes a block may opt in to
   int smem_per_sm = 0;     // bytes
   int64_t l2_bytes = 0;
+  bool hopper_kernels = true;  // this build holds native code for compute capability 9.0a, without which they are empty
 };
 
 struct Plan {
-  int tile = -1;                // index into the tile table (plan/tiles.h)
+  int tile = -1;                // index over the tile tables: plan/tiles.h, then plan/tiles_sm90.h
   int splits = 1;               // blocks along k that share an output tile; > 1: partial sums go to the workspace
   int num_stages = 0;           // depth of the shared-memory ring
   int64_t grid = 0;             // blocks

@@ -9,6 +9,7 @@
 #include "format/problem.h"
 #include "plan/plan.h"
 #include "plan/tiles.h"
+#include "plan/tiles_sm90.h"
 
 namespace py = pybind11;
 using namespace sparse_marlin;
@@ -44,6 +45,22 @@ int dtype_index(const std::string& name) {
     if (name == dtype_name(type)) return static_cast<int>(type);
   }
   throw py::value_error("Problem: dtype: expected float32, float16 or bfloat16, got " + name);
+}
+
+// A tile of either kernel, as Python sees it.
+struct AnyTile {
+  std::string kernel;
+  int block_m;
+  int block_n;
+  int cluster;
+  int threads;
+};
+
+std::vector<AnyTile> all_tiles() {
+  std::vector<AnyTile> all;
+  for (const Tile& t : kTiles) all.push_back({"sm80", t.block_m, t.block_n, 1, t.threads()});
+  for (const TileSm90& t : kTilesSm90) all.push_back({"sm90", t.block_m, t.block_n(), t.cluster, t.threads()});
+  return all;
 }
 
 std::string text(const Plan& p) {
@@ -116,13 +133,14 @@ void bind_structs(py::module_& m) {
       .def_readonly("has_bias", &Problem::has_bias);
   py::class_<Device>(m, "Device",
                      "A GPU, as far as planning needs to know it; compute_capability is 10 * major + minor.")
-      .def(py::init<int, int, int, int, int64_t>(), py::arg("compute_capability"), py::arg("num_sms"),
-           py::arg("smem_per_block"), py::arg("smem_per_sm"), py::arg("l2_bytes"))
+      .def(py::init<int, int, int, int, int64_t, bool>(), py::arg("compute_capability"), py::arg("num_sms"),
+           py::arg("smem_per_block"), py::arg("smem_per_sm"), py::arg("l2_bytes"), py::arg("hopper_kernels") = true)
       .def_readonly("compute_capability", &Device::compute_capability)
       .def_readonly("num_sms", &Device::num_sms)
       .def_readonly("smem_per_block", &Device::smem_per_block)
       .def_readonly("smem_per_sm", &Device::smem_per_sm)
-      .def_readonly("l2_bytes", &Device::l2_bytes);
+      .def_readonly("l2_bytes", &Device::l2_bytes)
+      .def_readonly("hopper_kernels", &Device::hopper_kernels);
   py::class_<Plan>(m, "Plan")
       .def_readonly("tile", &Plan::tile)
       .def_readonly("splits", &Plan::splits)
@@ -133,17 +151,16 @@ void bind_structs(py::module_& m) {
       .def_readonly("workspace_bytes", &Plan::workspace_bytes)
       .def_readonly("predicted_us", &Plan::predicted_us)
       .def("__repr__", &text);
-  py::class_<Tile>(m, "Tile")
-      .def_readonly("block_m", &Tile::block_m)
-      .def_readonly("block_n", &Tile::block_n)
-      .def_readonly("warps_m", &Tile::warps_m)
-      .def_readonly("warps_n", &Tile::warps_n)
-      .def_readonly("warps_k", &Tile::warps_k)
-      .def_property_readonly("threads", &Tile::threads);
+  py::class_<AnyTile>(m, "Tile", "block_m tokens x block_n features; cluster: blocks along features launched together.")
+      .def_readonly("kernel", &AnyTile::kernel)
+      .def_readonly("block_m", &AnyTile::block_m)
+      .def_readonly("block_n", &AnyTile::block_n)
+      .def_readonly("cluster", &AnyTile::cluster)
+      .def_readonly("threads", &AnyTile::threads);
 }
 
 void bind_planner(py::module_& m) {
-  m.attr("TILES") = py::tuple(py::cast(std::vector<Tile>(kTiles.begin(), kTiles.end())));
+  m.attr("TILES") = py::tuple(py::cast(all_tiles()));
   m.def("plan", &plan, py::arg("problem"), py::arg("device"), "The best plan; ValueError says why there is none.");
   m.def("plan_with_tile", &plan_with_tile, py::arg("problem"), py::arg("device"), py::arg("tile"),
         py::arg("splits") = 0);

@@ -64,6 +64,7 @@ def planner_device(index: int = 0) -> _core.Device:
         smem_per_block=found.shared_memory_per_block_optin,
         smem_per_sm=found.shared_memory_per_multiprocessor,
         l2_bytes=found.L2_cache_size,
+        hopper_kernels="sm_90a" in _core.BUILT_ARCHITECTURES.split(","),
     )
 
 

@@ -1,4 +1,5 @@
-// Starts the portable kernel and, where k is split across blocks, the kernel that adds the splits.
+// Starts the kernel of a plan and, where k is split across blocks, the kernel that adds the splits; before them, where rows do not
+// start at multiples of 16 bytes, copies that do.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -10,15 +11,19 @@
 
 #include "device/align.cuh"
 #include "device/reduce.cuh"
+#include "launch/dependent_launch.cuh"
 #include "launch/kernel_table.h"
 #include "launch/launch.h"
+#include "launch/launch_sm90.h"
 #include "plan/smem.h"
+#include "plan/tiles_sm90.h"
 #include "plan/workspace.h"
 
 namespace sparse_marlin {
 namespace {
 
 constexpr int kMaxDevices = 64;
+constexpr int kDependent = 90;  // compute capability from which dependent launch exists
 
 int device_attribute(cudaDeviceAttr attribute, int index) {
   int value = 0;
@@ -35,6 +40,9 @@ Device read_device(int index) {
   d.smem_per_block = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   d.smem_per_sm = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
   d.l2_bytes = device_attribute(cudaDevAttrL2CacheSize, index);
+#if !defined(SPARSE_MARLIN_SM90A)
+  d.hopper_kernels = false;
+#endif
   return d;
 }
 
@@ -46,11 +54,7 @@ struct KernelChoice {
 KernelChoice find_kernel(const Problem& problem, int tile) {
   static const KernelTable* const tables[] = {&kKernelsF16Int4, &kKernelsF16Int8, &kKernelsBf16Int4, &kKernelsBf16Int8};
   const int table = (problem.dtype == DType::kFloat16 ? 0 : 2) + (problem.num_bits == 4 ? 0 : 1);
-  using device::ScaleMode;
-  const ScaleMode scale_mode = problem.group_size == kChannelwise        ? ScaleMode::kNone
-                               : problem.group_size >= format::kTileCols ? ScaleMode::kTiles
-                                                                         : ScaleMode::kSteps;
-  const int mode = static_cast<int>(scale_mode);
+  const int mode = static_cast<int>(scale_mode(problem.group_size));
   return {(*tables[table])[mode][tile], (table * kScaleModes + mode) * static_cast<int>(kTiles.size()) + tile};
 }
 constexpr int kKernels = 4 * kScaleModes * static_cast<int>(kTiles.size());
@@ -68,19 +72,19 @@ cudaError_t allow_shared_memory(const KernelChoice& choice, int device) {
 }
 
 device::KernelArgs kernel_args(const Problem& problem, const Plan& plan, const GemmParams& params) {
-  const Tile& tile = kTiles[plan.tile];
   device::KernelArgs args{};
   args.params = params;
   args.m = static_cast<int>(problem.m);
   args.n = static_cast<int>(problem.n);
   args.k = static_cast<int>(problem.k);
-  args.tiles_m = (args.m + tile.block_m - 1) / tile.block_m;
-  args.tiles_n = (args.n + tile.block_n - 1) / tile.block_n;
+  const int tile_n = is_sm90(plan.tile) ? block_n(plan.tile) * tile_sm90(plan.tile).cluster : block_n(plan.tile);
+  args.tiles_m = (args.m + block_m(plan.tile) - 1) / block_m(plan.tile);
+  args.tiles_n = (args.n + tile_n - 1) / tile_n;
   args.splits = plan.splits;
   args.num_groups = static_cast<int>(num_groups(problem.k, problem.group_size));
   args.group_size = problem.group_size;
   args.num_stages = plan.num_stages;
-  args.act_rows = act_rows(tile, problem.m);
+  if (!is_sm90(plan.tile)) args.act_rows = act_rows(kTiles[plan.tile], problem.m);
   args.acts_row = args.k;
   args.scales_row = args.n;
   while (1 << args.group_shift < problem.group_size) ++args.group_shift;
@@ -109,18 +113,25 @@ cudaError_t copy_aligned(const void* from, const void* to, int64_t rows, int64_t
   return cudaGetLastError();
 }
 
+cudaError_t launch_sm80(const Problem& problem, const Plan& plan, const device::KernelArgs& args, int device,
+                        cudaStream_t stream) {
+  const KernelChoice choice = find_kernel(problem, plan.tile);
+  const cudaError_t status = allow_shared_memory(choice, device);
+  if (status != cudaSuccess) return status;
+  return launch_dependent(choice.kernel, args, plan.grid, plan.threads, plan.smem_bytes, 1,
+                          device_properties(device).compute_capability >= kDependent, stream);
+}
+
 cudaError_t launch_reduce(const Problem& problem, const device::KernelArgs& args, const Device& device,
                           cudaStream_t stream) {
   const int64_t vectors = problem.m * ((problem.n + device::kVector - 1) / device::kVector);
   const int64_t blocks = (vectors + device::kReduceThreads - 1) / device::kReduceThreads;
   constexpr int kBlocksPerSm = 8;  // 2048 threads
   const int grid = static_cast<int>(std::min<int64_t>(blocks, static_cast<int64_t>(device.num_sms) * kBlocksPerSm));
-  if (problem.dtype == DType::kFloat16) {
-    device::reduce_splits<__half><<<grid, device::kReduceThreads, 0, stream>>>(args);
-  } else {
-    device::reduce_splits<__nv_bfloat16><<<grid, device::kReduceThreads, 0, stream>>>(args);
-  }
-  return cudaGetLastError();
+  const GemmKernel kernel =
+      problem.dtype == DType::kFloat16 ? device::reduce_splits<__half> : device::reduce_splits<__nv_bfloat16>;
+  return launch_dependent(kernel, args, grid, device::kReduceThreads, 0, 1, device.compute_capability >= kDependent,
+                          stream);
 }
 
 }  // namespace
@@ -135,11 +146,9 @@ const Device& device_properties(int index) {
 
 std::string launch(const Problem& problem, const Plan& plan, const GemmParams& params, void* cuda_stream) {
   const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
-  const KernelChoice choice = find_kernel(problem, plan.tile);
   const device::KernelArgs args = kernel_args(problem, plan, params);
   int device = 0;
   cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = allow_shared_memory(choice, device);
   if (status == cudaSuccess && acts_need_copy(problem)) {
     status = copy_aligned(params.acts, args.params.acts, problem.m, problem.k, device_properties(device), stream);
   }
@@ -148,8 +157,8 @@ std::string launch(const Problem& problem, const Plan& plan, const GemmParams& p
     status = copy_aligned(params.scales, args.params.scales, groups, problem.n, device_properties(device), stream);
   }
   if (status == cudaSuccess) {
-    choice.kernel<<<static_cast<unsigned>(plan.grid), plan.threads, plan.smem_bytes, stream>>>(args);
-    status = cudaGetLastError();
+    status = is_sm90(plan.tile) ? launch_sm90(problem, plan, args, device, stream)
+                                : launch_sm80(problem, plan, args, device, stream);
   }
   if (status == cudaSuccess && plan.splits > 1)
     status = launch_reduce(problem, args, device_properties(device), stream);

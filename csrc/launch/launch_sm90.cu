@@ -1,0 +1,138 @@
+// Starts the Hopper kernel: tensor maps, clusters, dependent launch.
+#include "launch/launch_sm90.h"
+
+#include <cuda.h>
+
+#include <array>
+#include <atomic>
+
+#include "launch/dependent_launch.cuh"
+#include "launch/kernel_table_sm90.h"
+#include "plan/smem_sm90.h"
+
+namespace sparse_marlin {
+namespace {
+
+constexpr int kMaxDevices = 64;
+
+// The driver's function, through the runtime, so that nothing links against libcuda.
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+EncodeTiled encode_tiled() {
+  static const EncodeTiled function = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    constexpr unsigned kCudaVersion = 12000;  // where it first appeared
+    const cudaError_t status =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, kCudaVersion, cudaEnableDefault, &found);
+    return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(entry)
+                                                                         : nullptr;
+  }();
+  return function;
+}
+
+// A tensor, described innermost dimension first; strides in bytes, of all dimensions but the innermost.
+template <size_t kRank>
+struct TensorMap {
+  CUtensorMapDataType type;
+  const void* data;
+  std::array<cuuint64_t, kRank> sizes;
+  std::array<cuuint64_t, kRank - 1> strides;
+  std::array<cuuint32_t, kRank> box;
+  CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_NONE;
+
+  cudaError_t write(CUtensorMap* to) const {
+    const EncodeTiled encode = encode_tiled();
+    if (encode == nullptr) return cudaErrorCompatNotSupportedOnDevice;
+    std::array<cuuint32_t, kRank> steps;
+    steps.fill(1);
+    const CUresult result = encode(to, type, kRank, const_cast<void*>(data), sizes.data(), strides.data(), box.data(),
+                                   steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  }
+};
+
+template <typename T>
+cuuint64_t size(T value) {
+  return static_cast<cuuint64_t>(value);
+}
+template <typename T>
+cuuint32_t extent(T value) {
+  return static_cast<cuuint32_t>(value);
+}
+
+cudaError_t write_maps(device::KernelArgsSm90& args, const Problem& problem, const TileSm90& tile,
+                       const SmemSm90& smem) {
+  const device::KernelArgs& g = args.gemm;
+  const CUtensorMapDataType act =
+      problem.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  // rows of activations and outputs are read and written 64 values at a time, in the order that wgmma and stmatrix like
+  const auto swizzled = [&](const void* data, int64_t rows, int64_t cols, int64_t row_elements, int box_rows) {
+    return TensorMap<2>{act,
+                        data,
+                        {size(cols), size(rows)},
+                        {size(row_elements * kActBytes)},
+                        {extent(kHalfCols), extent(box_rows)},
+                        CU_TENSOR_MAP_SWIZZLE_128B};
+  };
+  cudaError_t status = swizzled(g.params.acts, g.m, g.k, g.acts_row, tile.block_m).write(&args.acts_map);
+  if (status == cudaSuccess && args.out_mapped)
+    status = swizzled(g.params.out, g.m, g.n, g.n, smem.pass_tokens).write(&args.out_map);
+
+  const int tile_rows = smem.tile_bytes / kMapRowBytes;
+  if (status == cudaSuccess) {
+    status = TensorMap<3>{CU_TENSOR_MAP_DATA_TYPE_INT32,
+                          g.params.weights,
+                          {size(kMapRowBytes / format::kWordBytes), size(format::col_tiles(g.k) * tile_rows),
+                           size(format::row_tiles(g.n))},
+                          {size(kMapRowBytes), size(g.params.weights_row_words * format::kWordBytes)},
+                          {extent(kMapRowBytes / format::kWordBytes), extent(tile_rows), extent(tile.row_tiles())}}
+                 .write(&args.weights_map);
+  }
+  args.stage_bytes = extent(smem.acts_bytes + tile.row_tiles() * smem.tile_bytes);
+  if (problem.group_size == kChannelwise) return status;
+  const int rows = scale_rows(problem.group_size);
+  args.stage_bytes += extent(rows * tile.block_n() * kActBytes);
+  if (status != cudaSuccess) return status;
+  return TensorMap<2>{act,
+                      g.params.scales,
+                      {size(g.scales_row), size(g.num_groups)},
+                      {size(g.scales_row) * kActBytes},
+                      {extent(tile.block_n()), extent(rows)}}
+      .write(&args.scales_map);
+}
+
+constexpr int kTables = 4;
+
+}  // namespace
+
+cudaError_t launch_sm90(const Problem& problem, const Plan& plan, const device::KernelArgs& gemm, int device,
+                        cudaStream_t stream) {
+  static const KernelTableSm90* const tables[kTables] = {&kKernelsSm90F16Int4, &kKernelsSm90F16Int8,
+                                                         &kKernelsSm90Bf16Int4, &kKernelsSm90Bf16Int8};
+  const int table = (problem.dtype == DType::kFloat16 ? 0 : 2) + (problem.num_bits == 4 ? 0 : 1);
+  const int mode = static_cast<int>(scale_mode(problem.group_size)), index = plan.tile - kFirstTileSm90;
+  const GemmKernelSm90 kernel = (*tables[table])[mode][index];
+  const TileSm90& tile = kTilesSm90[index];
+  const SmemSm90 smem = smem_sm90(tile, problem.num_bits, scale_mode(problem.group_size));
+
+  static std::array<std::atomic<bool>, kMaxDevices * kTables * kScaleModes * kTilesSm90.size()> allowed{};
+  auto& done = allowed[((device * kTables + table) * kScaleModes + mode) * kTilesSm90.size() + index];
+  cudaError_t status = cudaSuccess;
+  if (!done.load(std::memory_order_acquire)) {
+    status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  plan.smem_bytes);
+    if (status != cudaSuccess) return status;
+    done.store(true, std::memory_order_release);
+  }
+
+  device::KernelArgsSm90 args{};
+  args.gemm = gemm;
+  args.out_mapped = gemm.n * kActBytes % kCopyBytes == 0 && plan.splits == 1;
+  status = write_maps(args, problem, tile, smem);
+  if (status != cudaSuccess) return status;
+
+  return launch_dependent(kernel, args, plan.grid, plan.threads, plan.smem_bytes, tile.cluster, true, stream);
+}
+
+}  // namespace sparse_marlin

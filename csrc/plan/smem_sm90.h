@@ -1,0 +1,77 @@
+// Shared memory of a block of the Hopper kernel, in bytes from a 1024-byte boundary: read by the planner, the launcher and the
+// kernel.
+//   acts      [stage][half][token][64 columns], 128-byte swizzled
+//   weights   [stage] of { row tiles of packed weights | scales [rows][block_n] }
+//   staging   [consumer][token of a pass][64 features], 128-byte swizzled: the output on its way to global memory
+//   barriers  [stage] full, then [stage] empty
+#pragma once
+#include <algorithm>
+
+#include "plan/scale_mode.h"
+#include "plan/smem.h"
+#include "plan/tiles_sm90.h"
+
+namespace sparse_marlin {
+
+inline constexpr int kSwizzleRowBytes = 128;                    // a row of a swizzled box
+inline constexpr int kHalfCols = kSwizzleRowBytes / kActBytes;  // columns of such a row: half of a column tile
+inline constexpr int kHalves = format::kTileCols / kHalfCols;
+inline constexpr int kSwizzleAlign = 1024;
+inline constexpr int kMapRowBytes =
+    1024;  // packed weights are copied as rows of so many bytes; a map's box has at most 256 words
+inline constexpr int kBarrierBytes = 8;
+inline constexpr int kMaxSmemSm90 = 227 << 10;  // a block may have so much on compute capability 9.0
+inline constexpr int kMaxStagesSm90 = 8;
+inline constexpr int kEpilogueTokensSm90 = 64;  // of one pass, at most
+
+struct SmemSm90 {
+  int acts_bytes;     // a stage
+  int tile_bytes;     // of one row tile of packed weights
+  int scales_bytes;   // a stage
+  int weights_bytes;  // a stage, scales included
+  int pass_tokens;    // tokens of one pass of the epilogue
+  int staging_bytes;  // a consumer
+  int stages;
+  int weights;  // offsets
+  int staging;
+  int full;
+  int empty;
+  int size;  // with room to align the start
+};
+
+constexpr int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
+
+constexpr int pass_tokens(int block_m) {
+  int tokens = std::min(block_m, kEpilogueTokensSm90);
+  while (block_m % tokens != 0) tokens -= 16;
+  return tokens;
+}
+
+constexpr SmemSm90 smem_sm90(const TileSm90& t, int num_bits, ScaleMode mode) {
+  SmemSm90 s{};
+  s.acts_bytes = kHalves * t.block_m * kSwizzleRowBytes;
+  s.tile_bytes = format::tile_bytes(num_bits);
+  s.scales_bytes = scale_rows(mode) * t.block_n() * kActBytes;
+  s.weights_bytes = t.row_tiles() * s.tile_bytes + s.scales_bytes;
+  s.pass_tokens = pass_tokens(t.block_m);
+  s.staging_bytes = s.pass_tokens * kSwizzleRowBytes;
+  const int fixed = t.consumers * s.staging_bytes + 2 * kMaxStagesSm90 * kBarrierBytes + 2 * kSwizzleAlign;
+  s.stages = std::min(kMaxStagesSm90, (kMaxSmemSm90 - fixed) / (s.acts_bytes + s.weights_bytes));
+  s.weights = s.stages * s.acts_bytes;
+  s.staging = round_up(s.weights + s.stages * s.weights_bytes, kSwizzleAlign);
+  s.full = s.staging + t.consumers * s.staging_bytes;
+  s.empty = s.full + s.stages * kBarrierBytes;
+  s.size = s.empty + s.stages * kBarrierBytes + kSwizzleAlign;
+  return s;
+}
+
+constexpr bool fits_sm90() {
+  for (const TileSm90& t : kTilesSm90)
+    for (int bits : {4, 8})
+      for (ScaleMode mode : {ScaleMode::kNone, ScaleMode::kTiles, ScaleMode::kSteps})
+        if (smem_sm90(t, bits, mode).stages < 2 || smem_sm90(t, bits, mode).size > kMaxSmemSm90) return false;
+  return true;
+}
+static_assert(fits_sm90());
+
+}  // namespace sparse_marlin
