@@ -3,13 +3,17 @@
 import hashlib
 import io
 import re
+import string
 import tarfile
 
+import numpy as np
 import pytest
 import torch
 
 from sparse_marlin import model as models
+from sparse_marlin import replace_linears
 from sparse_marlin.evaluate import generate_greedy, perplexity
+from sparse_marlin.inspection import inspect_source
 
 
 @pytest.fixture
@@ -102,6 +106,65 @@ def test_the_default_text_is_long_prose():
     assert "Python" in name
     assert len(text) > 300_000
     assert text == models.read_text(None)[1]
+
+
+@pytest.fixture
+def gguf_file(tmp_path):
+    """A two-block Llama in the demo model's file format and 4-bit type, and its matrices as they are stored there."""
+    pytest.importorskip("transformers")
+    gguf = pytest.importorskip("gguf")
+    width, inner, tokens = 64, 96, ["<end>", "Ġ", *string.ascii_lowercase, "he", "ll"]
+    path = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(inner)
+    writer.add_block_count(2)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(width // 4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] + [1] * (len(tokens) - 1))
+    writer.add_token_merges(["h e", "l l"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    random, stored = np.random.default_rng(0), {}
+    shapes = {"token_embd": (len(tokens), width)}
+    for block in ("blk.0.", "blk.1."):
+        shapes |= {f"{block}attn_{name}": (width, width) for name in ("q", "output")}
+        shapes |= {f"{block}attn_{name}": (width // 2, width) for name in ("k", "v")}
+        shapes |= {f"{block}ffn_{name}": (inner, width) for name in ("gate", "up")}
+        shapes[f"{block}ffn_down"] = (width, inner)
+    kind = gguf.GGMLQuantizationType.Q4_1
+    for name, shape in shapes.items():
+        blocks = gguf.quants.quantize(random.standard_normal(shape, dtype=np.float32) / 8, kind)
+        stored[name] = gguf.quants.dequantize(blocks, kind)
+        writer.add_tensor(f"{name}.weight", blocks, raw_dtype=kind)
+    for name in ("output_norm", *(f"blk.{i}.{part}_norm" for i in (0, 1) for part in ("attn", "ffn"))):
+        writer.add_tensor(f"{name}.weight", np.ones(width, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path, stored
+
+
+def test_a_gguf_file_is_a_model(gguf_file):
+    """Read as the demo reads its model: dequantized, with a tokenizer, its linears convertible."""
+    path, stored = gguf_file
+    loaded = models.load_model(path, device=torch.device("cpu"))
+    for i, block in enumerate(loaded.model.model.layers):
+        found = block.mlp.down_proj.weight
+        torch.testing.assert_close(found, torch.from_numpy(stored[f"blk.{i}.ffn_down"]), rtol=0, atol=0)
+    report = replace_linears(loaded.model, group_size=32)
+    assert (len(report.converted), len(report.skipped)) == (14, 1)
+    made = generate_greedy(loaded.model, loaded.tokenizer, "hello you", max_new_tokens=4, stop_at_end=False)
+    assert len(made.tokens) == 4
+    layers = inspect_source(str(path))
+    assert sum(layer.convertible for layer in layers) == 14
 
 
 @pytest.mark.parametrize(
