@@ -1,9 +1,62 @@
-"""One small launch of every compiled kernel: `compute-sanitizer --tool memcheck python tools/sanitize.py`."""
+"""Runs every kernel under the tools of compute-sanitizer and records the outcome in benchmarks/results/sanitize.json.
+
+    python tools/sanitize.py                          # all four tools at once
+    python tools/sanitize.py racecheck                # one of them
+    compute-sanitizer python tools/sanitize.py --launch   # what they run
+
+Fails without a GPU. COMPUTE_SANITIZER names the program where it is not on the path.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
+from test_gpu import ROOT, commit
 
 import sparse_marlin
 from sparse_marlin import _core, testing
+
+RECORD = ROOT / "benchmarks" / "results" / "sanitize.json"
+# Only our kernels are watched: torch's would take most of the time. initcheck must see what those write, too.
+OURS = ["--kernel-name", "kns=sparse_marlin"]
+TOOLS = {
+    "memcheck": OURS,
+    "racecheck": [*OURS, "--racecheck-report", "all"],
+    "synccheck": OURS,
+    "initcheck": [],
+}
+SUMMARY = re.compile(r"=+ (?:ERROR SUMMARY|RACECHECK SUMMARY): (.*)")
+
+
+def pack_kernels() -> int:
+    """Every weight type and code width, whole slices and ragged edges, with and without faults."""
+    launches = 0
+    for n, k in ((72, 260), (64, 136)):
+        for num_bits in _core.NUM_BITS:
+            codes = testing.random_codes(n, k, num_bits)
+            scales = testing.group_scales(n, k, 64)
+            wanted = sparse_marlin.pack_24_weights(codes, scales, 64, num_bits)
+            dense = testing.dequantized(codes, scales, 64)
+            for weight in (codes, *(dense.to(t) for t in (torch.float32, torch.float16, torch.bfloat16))):
+                packed = sparse_marlin.pack_24_weights(weight.cuda(), scales.cuda(), 64, num_bits)
+                testing.assert_same_bits(packed.cpu(), wanted, f"packed from {weight.dtype}")
+                codes_again = sparse_marlin.unpack_24_weights(packed, n, k, num_bits)
+                testing.assert_same_bits(codes_again.cpu(), codes, "codes")
+                launches += 3
+                try:
+                    sparse_marlin.pack_24_weights(torch.ones_like(weight).cuda(), scales.cuda(), 64, num_bits)
+                except RuntimeError:
+                    continue
+                raise AssertionError("a dense weight was packed")
+    return launches
 
 
 def gemm_kernels() -> int:
@@ -13,21 +66,84 @@ def gemm_kernels() -> int:
     for dtype in (torch.float16, torch.bfloat16):
         for num_bits in _core.NUM_BITS:
             for group_size in (-1, 128, 32):
-                codes = testing.random_codes(n, k, num_bits, device="cuda")
-                scales = testing.random_scales(n, k, group_size, dtype).cuda()
-                packed = sparse_marlin.pack_24_weights(codes, scales, group_size, num_bits)
-                assert torch.equal(sparse_marlin.unpack_24_weights(packed, n, k, num_bits), codes)
-                a = torch.randn(m, k, device="cuda").to(dtype)
-                bias = torch.randn(n, device="cuda").to(dtype)
+                codes = testing.random_codes(n, k, num_bits)
+                scales = testing.random_scales(n, k, group_size, dtype)
+                packed = sparse_marlin.pack_24_weights(codes, scales, group_size, num_bits).cuda()
+                a, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+                on_gpu = [t.cuda() for t in (a, scales, bias)]
                 for tile in range(len(_core.TILES)):
                     for splits in (1, 2):
                         out = torch.ops.sparse_marlin._sparse_marlin_gemm_tile(
-                            a, packed, scales, group_size, num_bits, bias, tile, splits
+                            on_gpu[0], packed, on_gpu[1], group_size, num_bits, on_gpu[2], tile, splits
                         )
-                        testing.assert_accepted(out, a, codes, scales, group_size, bias, f"tile {tile}")
+                        testing.assert_accepted(out.cpu(), a, codes, scales, group_size, bias, f"tile {tile}")
                         launches += 1
     return launches
 
 
+def check(sanitizer: str, tool: str) -> dict[str, Any]:
+    options = [*TOOLS[tool], "--print-limit", "20", "--error-exitcode", "9"]
+    start = time.monotonic()
+    command = [sanitizer, "--tool", tool, *options, sys.executable, __file__, "--launch"]
+    # Every tensor an allocation of its own: what lies between two of them is then nobody's.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    output = run.stdout + run.stderr
+    summary = SUMMARY.findall(output)
+    if run.returncode != 0 or not summary:
+        print(f"--- {tool}\n{output[:20000]}", file=sys.stderr)
+    launched = re.search(r"\{.*\}", run.stdout)
+    return {
+        "tool": tool,
+        "options": options,
+        "exit_status": run.returncode,
+        "summary": summary[-1] if summary else "none",
+        "launches": json.loads(launched.group()) if launched else {},
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
+def version(sanitizer: str) -> str:
+    run = subprocess.run([sanitizer, "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"Version (.*)", run.stdout)
+    return found.group(1) if found else "unknown"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tools", nargs="*", help=f"{', '.join(TOOLS)}; all where none is named")
+    parser.add_argument("--launch", action="store_true", help="launch the kernels, nothing else")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("make sanitize: expected a CUDA device, found none", file=sys.stderr)
+        return 1
+    if args.launch:
+        print(json.dumps({"multiplications": gemm_kernels(), "packings and unpackings": pack_kernels()}))
+        return 0
+    sanitizer = os.environ.get("COMPUTE_SANITIZER") or shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        print("make sanitize: compute-sanitizer: not found; it comes with the CUDA toolkit", file=sys.stderr)
+        return 1
+    tools = args.tools or list(TOOLS)
+    if unknown := set(tools) - set(TOOLS):
+        parser.error(f"expected tools of {', '.join(TOOLS)}, got {', '.join(unknown)}")
+    with ThreadPoolExecutor(len(tools)) as pool:
+        checks = list(pool.map(lambda tool: check(sanitizer, tool), tools))
+    record = {
+        "commit": commit(),
+        "device": torch.cuda.get_device_name(),
+        "compute_sanitizer": version(sanitizer),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "code": sparse_marlin.info().gpus[0].code,
+        "checks": checks,
+    }
+    RECORD.parent.mkdir(parents=True, exist_ok=True)
+    RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    for c in checks:
+        print(f"{c['tool']}: {c['summary']} ({c['launches']}, {c['seconds']} s)")
+    return max(abs(c["exit_status"]) for c in checks)
+
+
 if __name__ == "__main__":
-    print(f"{gemm_kernels()} multiplications accepted on {torch.cuda.get_device_name()}")
+    sys.exit(main())

@@ -23,14 +23,16 @@ __global__ void __launch_bounds__(kTiles[kTileIndex].threads(), kTiles[kTileInde
   const typename Loop::WarpPlace place{lane, warp_n * kTile.warp_n(), warp_m * kTile.warp_m()};
 
   const int ring_bytes = args.num_stages * stage_bytes(kTile, kBits, args.act_rows, args.group_size);
+  // The teams take the column tiles in turn; the first team has the most.
   const int first = work.first_col + team, count = max(0, (work.last_col - first + kTile.warps_k - 1) / kTile.warps_k);
+  const int most = (work.last_col - work.first_col + kTile.warps_k - 1) / kTile.warps_k;
   Copies<kBits, kTile> copies(args, work, first, threadIdx.x % kTile.team_threads());
   copies.prefetch_weights(args.num_stages, count);
   ptx::grid_dependency_wait();
   ptx::grid_launch_dependents();
   typename Loop::Sums sums = {};
   Loop{args, copies, ptx::smem_address(shared) + team * ring_bytes, scale_rows(args.group_size), place, team}.run(
-      sums, count);
+      sums, count, most);
 
   float* exchange = reinterpret_cast<float*>(shared);
 #pragma unroll
