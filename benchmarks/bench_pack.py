@@ -2,8 +2,10 @@
 
     python benchmarks/bench_pack.py                 # on the GPU where there is one, otherwise on the CPU
     python benchmarks/bench_pack.py --device cpu --json
+    python benchmarks/bench_pack.py --shapes 4096x4096,28672x4096 --num-bits 4,8
 
-Both operators wait for their result (an error must be known), so the times are of the wall clock, the copy's too.
+Both operators wait for their result (an error must be known), so a call is timed by the wall clock, the copy's too. On
+the GPU the kernels are timed alone as well, by the profiler, with a cache that holds nothing of their tensors.
 """
 
 import argparse
@@ -11,19 +13,23 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 import sparse_marlin
 from sparse_marlin import testing
 
 WARM_UP = 3
 DTYPES = {"int8": torch.int8, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CACHE_BYTES = 1 << 28  # more than the last-level cache of any GPU
 
 
-def median_seconds(call: Callable[[], object], device: torch.device, calls: int) -> float:
+def wall_seconds(call: Callable[[], object], device: torch.device, calls: int) -> float:
     def timed() -> float:
         start = time.perf_counter()
         call()
@@ -34,6 +40,21 @@ def median_seconds(call: Callable[[], object], device: torch.device, calls: int)
     for _ in range(WARM_UP):
         timed()
     return statistics.median(timed() for _ in range(calls))
+
+
+def kernel_seconds(call: Callable[[], object], calls: int) -> float:
+    """The longest kernel or copy of a call: its median over the calls."""
+    cache = torch.empty(CACHE_BYTES, dtype=torch.uint8, device="cuda")
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(calls):
+            cache.zero_()
+            call()
+        torch.cuda.synchronize()
+    events = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]
+    ours = [e.device_time for e in events if "pack_kernel" in e.name or "Memcpy DtoD" in e.name]
+    if len(ours) != calls:
+        raise RuntimeError(f"expected {calls} kernels or copies, the profiler saw {sorted({e.name for e in events})}")
+    return statistics.median(ours) * 1e-6
 
 
 Case = tuple[Callable[[], object], int]  # what to time, the bytes it reads and writes
@@ -64,45 +85,72 @@ def measure(name: str, case: Case, device: torch.device, calls: int) -> dict[str
     call, moved = case
     source = torch.ones(moved // 2, dtype=torch.uint8, device=device)  # a copy reads and writes: half each
     target = torch.ones_like(source)
-    copy = median_seconds(lambda: target.copy_(source), device, calls)
-    seconds = median_seconds(call, device, calls)
-    return {
+
+    def copy() -> object:
+        return target.copy_(source)
+
+    copy_wall, wall = wall_seconds(copy, device, calls), wall_seconds(call, device, calls)
+    row: dict[str, str | float] = {
         "case": name,
-        "ms": seconds * 1e3,
-        "gb_per_s": moved / seconds / 1e9,
-        "copy_gb_per_s": moved / copy / 1e9,
-        "share_of_copy": copy / seconds,
+        "ms": wall * 1e3,
+        "gb_per_s": moved / wall / 1e9,
+        "copy_gb_per_s": moved / copy_wall / 1e9,
+        "share_of_copy": copy_wall / wall,
     }
+    if device.type == "cuda":
+        copy_kernel, kernel = kernel_seconds(copy, calls), kernel_seconds(call, calls)
+        row |= {
+            "kernel_ms": kernel * 1e3,
+            "kernel_gb_per_s": moved / kernel / 1e9,
+            "copy_kernel_gb_per_s": moved / copy_kernel / 1e9,
+            "kernel_share_of_copy": copy_kernel / kernel,
+        }
+    return row
+
+
+COLUMNS = {
+    "ms": ("call, ms", ".3f"),
+    "gb_per_s": ("GB/s", ".0f"),
+    "copy_gb_per_s": ("copy's", ".0f"),
+    "share_of_copy": ("share", ".0%"),
+    "kernel_ms": ("kernel, ms", ".4f"),
+    "kernel_gb_per_s": ("GB/s", ".0f"),
+    "copy_kernel_gb_per_s": ("copy's", ".0f"),
+    "kernel_share_of_copy": ("share", ".0%"),
+}
+
+
+def print_table(result: dict[str, Any]) -> None:
+    table = Table(title=f"{result['device']}, {result['n']} x {result['k']}, int{result['num_bits']}")
+    keys = [key for key in COLUMNS if key in result["rows"][0]]
+    for column in ("case", *(COLUMNS[key][0] for key in keys)):
+        table.add_column(column, justify="right")
+    for row in result["rows"]:
+        table.add_row(row["case"], *(format(row[key], COLUMNS[key][1]) for key in keys))
+    Console(width=120).print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--n", type=int, default=4096)
-    parser.add_argument("--k", type=int, default=14336)
-    parser.add_argument("--num-bits", type=int, default=4, choices=(4, 8))
-    parser.add_argument("--calls", type=int, default=9)
+    parser.add_argument("--shapes", default="4096x14336", help="NxK, several separated by commas")
+    parser.add_argument("--num-bits", default="4", help="4, 8 or 4,8")
+    parser.add_argument("--calls", type=int, default=15)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     device = torch.device(args.device)
-
-    cases = make_cases(args.n, args.k, args.num_bits, device)
-    rows = [measure(name, case, device, args.calls) for name, case in cases.items()]
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    results = []
+    for shape in args.shapes.split(","):
+        n, k = (int(size) for size in shape.split("x"))
+        for num_bits in (int(bits) for bits in args.num_bits.split(",")):
+            cases = make_cases(n, k, num_bits, device)
+            rows = [measure(case_name, case, device, args.calls) for case_name, case in cases.items()]
+            results.append({"device": name, "n": n, "k": k, "num_bits": num_bits, "rows": rows})
+            if not args.json:
+                print_table(results[-1])
     if args.json:
-        print(json.dumps({"device": args.device, "n": args.n, "k": args.k, "num_bits": args.num_bits, "rows": rows}))
-        return
-    table = Table(title=f"{args.device}, {args.n} x {args.k}, int{args.num_bits}")
-    for column in ("case", "ms", "GB/s read and written", "copy GB/s", "share of the copy"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(
-            str(row["case"]),
-            f"{row['ms']:.3f}",
-            f"{row['gb_per_s']:.1f}",
-            f"{row['copy_gb_per_s']:.1f}",
-            f"{row['share_of_copy']:.0%}",
-        )
-    Console().print(table)
+        print(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

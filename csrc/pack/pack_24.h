@@ -54,8 +54,8 @@ PackStatus pack_cpu(const PackParams& params, const ParallelFor& parallel_for);
 PackStatus unpack_cpu(const UnpackParams& params, const ParallelFor& parallel_for);
 
 // On `stream` of the current device; wait for the result to read the status. `error` gets a CUDA error's text, or stays
-// empty. `fault_slot` is 8 bytes of device memory of the caller's.
-PackStatus pack_cuda(const PackParams& params, uint64_t* fault_slot, void* stream, std::string* error);
-PackStatus unpack_cuda(const UnpackParams& params, uint64_t* fault_slot, void* stream, std::string* error);
+// empty. Weights and packed rows start at multiples of 16 bytes.
+PackStatus pack_cuda(const PackParams& params, void* stream, std::string* error);
+PackStatus unpack_cuda(const UnpackParams& params, void* stream, std::string* error);
 
 }  // namespace sparse_marlin

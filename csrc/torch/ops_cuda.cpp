@@ -29,8 +29,6 @@ Tensor device_buffer(const Tensor& like, int64_t count, ScalarType type) {
   return torch::stable::new_empty(like, IntHeaderOnlyArrayRef(&count, 1), type);
 }
 
-uint64_t* fault_slot_of(const Tensor& slot) { return static_cast<uint64_t*>(slot.mutable_data_ptr()); }
-
 void expect_no_error(const char* op, const std::string& error) {
   if (!error.empty()) throw std::runtime_error(std::string(op) + ": " + error);
 }
@@ -38,9 +36,8 @@ void expect_no_error(const char* op, const std::string& error) {
 Tensor pack_cuda_op(const Tensor& weight, const Tensor& scales, int64_t group_size, int64_t num_bits) {
   const PackCall call = pack_call(weight, scales, group_size, num_bits);
   const DeviceGuard guard(call.packed.get_device_index());
-  const Tensor slot = device_buffer(weight, 1, ScalarType::Long);
   std::string error;
-  const PackStatus status = pack_cuda(call.params, fault_slot_of(slot), current_stream(weight), &error);
+  const PackStatus status = pack_cuda(call.params, current_stream(weight), &error);
   expect_no_error(kPackOp, error);
   expect_packed(status, call.params.num_bits);
   return call.packed;
@@ -49,9 +46,8 @@ Tensor pack_cuda_op(const Tensor& weight, const Tensor& scales, int64_t group_si
 Tensor unpack_cuda_op(const Tensor& weight_packed, int64_t size_n, int64_t size_k, int64_t num_bits) {
   const UnpackCall call = unpack_call(weight_packed, size_n, size_k, num_bits);
   const DeviceGuard guard(call.codes.get_device_index());
-  const Tensor slot = device_buffer(weight_packed, 1, ScalarType::Long);
   std::string error;
-  const PackStatus status = unpack_cuda(call.params, fault_slot_of(slot), current_stream(weight_packed), &error);
+  const PackStatus status = unpack_cuda(call.params, current_stream(weight_packed), &error);
   expect_no_error(kUnpackOp, error);
   expect_unpacked(status, call.params.num_bits);
   return call.codes;
