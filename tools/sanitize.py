@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from test_gpu import ROOT, commit
 
 import sparse_marlin
 from sparse_marlin import _core, testing
+from sparse_marlin.info import planner_device
 
 RECORD = ROOT / "benchmarks" / "results" / "sanitize.json"
 # Only our kernels are watched: torch's would take most of the time. initcheck must see what those write, too.
@@ -62,22 +64,32 @@ def pack_kernels() -> int:
 def gemm_kernels() -> int:
     """Every tile, activation type, code width and scale mode, with and without a split, on ragged edges."""
     launches = 0
-    n, k, m = 72, 260, 19
-    for dtype in (torch.float16, torch.bfloat16):
-        for num_bits in _core.NUM_BITS:
-            for group_size in (-1, 128, 32):
-                codes = testing.random_codes(n, k, num_bits)
-                scales = testing.random_scales(n, k, group_size, dtype)
-                packed = sparse_marlin.pack_24_weights(codes, scales, group_size, num_bits).cuda()
-                a, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
-                on_gpu = [t.cuda() for t in (a, scales, bias)]
-                for tile in range(len(_core.TILES)):
-                    for splits in (1, 2):
-                        out = torch.ops.sparse_marlin._sparse_marlin_gemm_tile(
-                            on_gpu[0], packed, on_gpu[1], group_size, num_bits, on_gpu[2], tile, splits
-                        )
-                        testing.assert_accepted(out.cpu(), a, codes, scales, group_size, bias, f"tile {tile}")
-                        launches += 1
+    device = planner_device()
+    ran = set()
+    for m, n, k in ((19, 72, 260), (136, 200, 648)):
+        for dtype, num_bits, group_size in product((torch.float16, torch.bfloat16), _core.NUM_BITS, (-1, 128, 32)):
+            codes = testing.random_codes(n, k, num_bits)
+            scales = testing.random_scales(n, k, group_size, dtype)
+            packed = sparse_marlin.pack_24_weights(codes, scales, group_size, num_bits).cuda()
+            a, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+            on_gpu = [t.cuda() for t in (a, scales, bias)]
+            problem = _core.Problem(m, n, k, group_size, num_bits, str(dtype).removeprefix("torch."), True)
+            for tile, splits in product(range(len(_core.TILES)), (1, 2)):
+                kernel = (tile, dtype, num_bits, group_size, splits)
+                try:
+                    _core.plan_with_tile(problem, device, tile, splits)
+                except ValueError:
+                    continue
+                if kernel in ran:  # the first problem that a kernel takes is enough
+                    continue
+                out = torch.ops.sparse_marlin._sparse_marlin_gemm_tile(
+                    on_gpu[0], packed, on_gpu[1], group_size, num_bits, on_gpu[2], tile, splits
+                )
+                testing.assert_accepted(out.cpu(), a, codes, scales, group_size, bias, f"tile {tile}")
+                ran.add(kernel)
+                launches += 1
+    never = set(range(len(_core.TILES))) - {kernel[0] for kernel in ran}
+    assert not never, f"no problem fits tiles {sorted(never)}"
     return launches
 
 
