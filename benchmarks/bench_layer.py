@@ -1,0 +1,259 @@
+"""Times the four linears of a Llama-3-8B decoder layer, one after another, with and without dependent launch.
+
+    python benchmarks/bench_layer.py --out benchmarks/results/layer.json
+    python benchmarks/bench_layer.py --dtype bfloat16 --num-bits 8 --tokens 1,16
+
+Each linear reads the first M x K values of what the one before it wrote, so no two can run at the same time; what lies
+between them in a model (attention, norms, the activation function) is left out. One CUDA graph holds --layers layers of
+different weights, more than any cache keeps. Correctness comes first: every linear against float64, and the chain with
+dependent launch must give the bits of the chain without it, in every output. Then cuBLAS, ours without and ours with
+dependent launch are timed in turn, several rounds; the median counts.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from bench_gemm import copy_bandwidth, graph_us
+from rich.console import Console
+from rich.table import Table
+
+import sparse_marlin
+from sparse_marlin import _core, testing
+from sparse_marlin.info import planner_device
+
+LINEARS = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)}  # K, N
+TOKENS = [1, 8, 16, 32, 64, 128]
+ROUNDS = 3
+CHECKED_ROWS = 256
+DENSE_LAYERS = 2  # 870 MB of float16: as cold as any number of layers
+META_NIBBLES = [4, 8, 12, 9, 13, 14]  # the six pairs of positions, csrc/format/packed_24.h
+
+Linear = Callable[[torch.Tensor, int, str], torch.Tensor]  # activations, layer, name -> output
+
+
+def random_slices(count: int, num_bits: int) -> torch.Tensor:
+    """`count` slices of the packed format on the GPU, int32 [count, words]: any run of them is a packed weight.
+
+    Codes are drawn from -max to max, so that their mean is 0 and a chain of multiplications keeps its size."""
+    code_words, words = _core.slice_code_words(num_bits), _core.slice_words(num_bits)
+    codes = torch.randint(1, 2**num_bits, (count, code_words * 4 * 8 // num_bits), dtype=torch.uint8, device="cuda")
+    if num_bits == 4:
+        codes = codes[:, ::2] | codes[:, 1::2] << 4
+    pairs = torch.tensor([low | high << 4 for low in META_NIBBLES for high in META_NIBBLES], device="cuda")
+    chosen = torch.randint(0, len(pairs), (count, (words - code_words) * 4), dtype=torch.int32, device="cuda")
+    meta = pairs.to(torch.uint8).index_select(0, chosen.view(-1)).view(chosen.shape)
+    return torch.cat([codes, meta], dim=1).view(torch.int32)
+
+
+def random_packed(n: int, k: int, num_bits: int) -> torch.Tensor:
+    """A packed weight drawn on the GPU, without packing anything."""
+    shape = _core.packed_shape(n, k, num_bits)
+    return random_slices(shape[0] * shape[1] // _core.slice_words(num_bits), num_bits).view(shape)
+
+
+def random_scales(n: int, k: int, group_size: int, num_bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """Scales that give outputs the size of the activations, within a factor of 1.5 either way."""
+    deviation = math.sqrt(((2**num_bits - 1) ** 2 - 1) / 12)  # of a code of random_slices
+    spread = torch.rand(_core.scales_shape(n, k, group_size), device="cuda") + 0.5
+    return (spread / (deviation * math.sqrt(k / 2))).to(dtype)
+
+
+def check_rows(
+    a: torch.Tensor, out: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, group_size: int, num_bits: int
+) -> None:
+    """The first features of an output against float64."""
+    rows = min(CHECKED_ROWS, out.shape[-1]) // _core.TILE_ROWS * _core.TILE_ROWS
+    head = packed[: rows // _core.TILE_ROWS].contiguous()
+    codes = sparse_marlin.unpack_24_weights(head, rows, a.shape[-1], num_bits)
+    testing.assert_accepted(out[:, :rows], a, codes, scales[:, :rows].contiguous(), group_size)
+
+
+class Chain:
+    """Weights of several layers, and the walk through them."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.group_size, self.num_bits, self.layers = args.group_size, args.num_bits, args.layers
+        self.dtype = getattr(torch, args.dtype)
+        self.device = planner_device(torch.cuda.current_device())
+        self.packed = {
+            name: [random_packed(n, k, self.num_bits) for _ in range(self.layers)] for name, (k, n) in LINEARS.items()
+        }
+        self.scales = {
+            name: random_scales(n, k, self.group_size, self.num_bits, self.dtype) for name, (k, n) in LINEARS.items()
+        }
+        self.dense = {
+            name: [
+                torch.randn(n, k, device="cuda", dtype=self.dtype).mul_(k**-0.5)
+                for _ in range(min(self.layers, DENSE_LAYERS))
+            ]
+            for name, (k, n) in LINEARS.items()
+        }
+
+    def bytes_read(self) -> int:
+        """Of weights and scales, a layer."""
+        return sum(self.packed[name][0].numel() * 4 + self.scales[name].numel() * 2 for name in LINEARS)
+
+    def plan(self, tokens: int, name: str) -> _core.Plan:
+        k, n = LINEARS[name]
+        problem = _core.Problem(tokens, n, k, self.group_size, self.num_bits, str(self.dtype).removeprefix("torch."))
+        return _core.plan(problem, self.device)
+
+    def ours(self, tokens: int, dependent: bool) -> Linear:
+        if dependent:  # the operator as users call it
+            gemm = torch.ops.sparse_marlin.sparse_marlin_gemm
+            return lambda a, layer, name: gemm(
+                a, self.packed[name][layer], self.scales[name], self.group_size, self.num_bits
+            )
+        gemm_tile = torch.ops.sparse_marlin._sparse_marlin_gemm_tile
+        plans = {name: self.plan(tokens, name) for name in LINEARS}
+        return lambda a, layer, name: gemm_tile(
+            a, self.packed[name][layer], self.scales[name], self.group_size, self.num_bits, None,
+            plans[name].tile, plans[name].splits, dependent=False,
+        )  # fmt: skip
+
+    def cublas(self, a: torch.Tensor, layer: int, name: str) -> torch.Tensor:
+        weights = self.dense[name]
+        return torch.mm(a, weights[layer % len(weights)].t())
+
+    def walk(
+        self, start: torch.Tensor, linear: Linear, keep: list[torch.Tensor] | None = None
+    ) -> Callable[[int], None]:
+        """call(i) runs the i-th linear of the chain on the output of the one before."""
+        names, tokens, last = list(LINEARS), start.shape[0], start
+
+        def call(i: int) -> None:
+            nonlocal last
+            layer, place = divmod(i, len(names))
+            name = names[place]
+            k = LINEARS[name][0]
+            a = start if i == 0 else last.view(-1)[: tokens * k].view(tokens, k)
+            last = linear(a, layer % self.layers, name)
+            if keep is not None:
+                keep.append(last)
+
+        return call
+
+    @property
+    def length(self) -> int:
+        return self.layers * len(LINEARS)
+
+    def replayed(self, start: torch.Tensor, linear: Linear) -> list[torch.Tensor]:
+        """Every output of the chain, from the second replay of a graph."""
+        outputs: list[torch.Tensor] = []
+        call = self.walk(start, linear, outputs)
+        for i in range(self.length):  # kernels are loaded before anything is captured
+            call(i)
+        outputs.clear()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for i in range(self.length):
+                call(i)
+        graph.replay()
+        graph.replay()
+        torch.cuda.synchronize()
+        return [out.clone() for out in outputs]
+
+    def check(self, start: torch.Tensor) -> None:
+        tokens = start.shape[0]
+        plain = self.replayed(start, self.ours(tokens, dependent=False))
+        dependent = self.replayed(start, self.ours(tokens, dependent=True))
+        names = list(LINEARS)
+        for i, (got, wanted) in enumerate(zip(dependent, plain, strict=True)):
+            testing.assert_same_bits(got, wanted, f"linear {i} ({names[i % len(names)]}) with dependent launch")
+        if not bool(torch.isfinite(plain[-1]).all()):
+            raise AssertionError("the chain overflows")
+        a = start
+        for name, out in zip(names, plain, strict=False):  # of the first layer
+            k = LINEARS[name][0]
+            a = a.view(-1)[: tokens * k].view(tokens, k)
+            check_rows(a, out, self.packed[name][0], self.scales[name], self.group_size, self.num_bits)
+            a = out
+
+    def measure(self, tokens: int, bandwidth: float) -> dict[str, object]:
+        start = torch.randn(tokens, LINEARS["qkv"][0], device="cuda").to(self.dtype)
+        self.check(start)
+        contestants: dict[str, Linear] = {
+            "cublas": self.cublas,
+            "plain": self.ours(tokens, dependent=False),
+            "dependent": self.ours(tokens, dependent=True),
+        }
+        times: dict[str, list[float]] = {name: [] for name in contestants}
+        for _ in range(ROUNDS):
+            for name, linear in contestants.items():
+                call = self.walk(start, linear)
+                times[name] += [us * len(LINEARS) for us in graph_us(call, self.length)]
+        median = {name: statistics.median(values) for name, values in times.items()}
+        plans = {name: self.plan(tokens, name) for name in LINEARS}
+        tiles = {name: _core.TILES[plan.tile] for name, plan in plans.items()}
+        return {
+            "m": tokens,
+            **{f"{name}_us": value for name, value in median.items()},
+            **{f"{name}_range": [min(values), max(values)] for name, values in times.items()},
+            "plain_speedup": median["cublas"] / median["plain"],
+            "dependent_speedup": median["cublas"] / median["dependent"],
+            "floor_fraction": self.bytes_read() / bandwidth / median["dependent"],
+            "plans": {
+                name: f"{tiles[name].block_m}x{tiles[name].block_n} {tiles[name].kernel} share {tiles[name].share} "
+                f"splits {plan.splits}"
+                for name, plan in plans.items()
+            },
+        }
+
+
+def print_table(result: dict[str, object], rows: list[dict[str, object]]) -> None:
+    table = Table(
+        title=f"us a layer, {result['gpu']}, {result['dtype']}, {result['num_bits']} bits, group {result['group_size']}"
+    )
+    for column in ("m", "cuBLAS", "plain", "x", "dependent", "x", "of floor"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        v = {key: float(str(value)) for key, value in row.items() if isinstance(value, (int, float))}
+        table.add_row(
+            str(row["m"]), f"{v['cublas_us']:.1f}", f"{v['plain_us']:.1f}", f"{v['plain_speedup']:.2f}",
+            f"{v['dependent_us']:.1f}", f"{v['dependent_speedup']:.2f}", f"{v['floor_fraction']:.2f}",
+        )  # fmt: skip
+    Console(width=130).print(table)
+    for row in rows:
+        plans = row["plans"]
+        assert isinstance(plans, dict)
+        print(f"M={row['m']}:", ", ".join(f"{name} {plan}" for name, plan in plans.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--num-bits", type=int, choices=(4, 8), default=4)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    with torch.inference_mode():
+        bandwidth, chain = copy_bandwidth(), Chain(args)
+        rows = [chain.measure(m, bandwidth) for m in map(int, args.tokens.split(","))]
+    result: dict[str, object] = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "dtype": args.dtype,
+        "num_bits": args.num_bits,
+        "group_size": args.group_size,
+        "layers": args.layers,
+        "copy_tb_per_s": bandwidth / 1e6,
+        "rows": rows,
+    }
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print_table(result, rows)
+
+
+if __name__ == "__main__":
+    main()

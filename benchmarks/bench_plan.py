@@ -1,0 +1,377 @@
+"""Measures how good the planner's choice is: the chosen plan against every plan that could have been better.
+
+    python benchmarks/bench_plan.py --out benchmarks/results/plan.json
+    python benchmarks/bench_plan.py --budget 300 --problems 1000 --cublas
+    python benchmarks/bench_plan.py --report benchmarks/results/plan.json  # prints an earlier result; needs no GPU
+
+Problems are the linears of language models from 1B to 405B, whole and as slices of 2, 4 and 8 GPUs, with 1 to 16384
+tokens. They come in rounds of one problem for each number of tokens, the shape drawn at random: wherever the --budget
+of seconds (set-up not counted) or --problems end the run, small and large ones are represented alike.
+
+Candidates are the plans predicted within --factor of the best prediction, at most --most of them, and beside them the
+best three of either kernel that are within 3. Each is a CUDA graph of about a millisecond, its weights rotated through
+more than 250 MB (the activations are not); the graphs of a problem are replayed in turn. Where another plan seems
+better than the chosen one, both are timed again, longer, in turn, and these times count. The regret is the chosen
+plan's time over the best one's, minus 1. Outputs of all candidates of a problem are compared with the chosen plan's.
+JSON has every measurement, so that the cost model can be fitted again.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from bench_gemm import ROTATED_BYTES
+from bench_layer import random_scales, random_slices
+from rich.console import Console
+from rich.table import Table
+
+from sparse_marlin import _core
+from sparse_marlin.info import planner_device
+
+# hidden size, features of qkv, inner size of the MLP (gate and up are one linear)
+MODELS = {
+    "Llama 1B": (2048, 3072, 8192),
+    "Llama 3B": (3072, 5120, 8192),
+    "Qwen 7B": (3584, 4608, 18944),
+    "Llama 8B": (4096, 6144, 14336),
+    "Qwen 14B": (5120, 7168, 13824),
+    "Qwen 32B": (5120, 7168, 27648),
+    "Llama 70B": (8192, 10240, 28672),
+    "Llama 405B": (16384, 18432, 53248),
+}
+WORLD_SIZES = (1, 2, 4, 8)
+TOKENS = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384]
+SMALLEST = 512  # features of either side
+SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
+BEST_OF_KERNEL, FACTOR_OF_KERNEL = 3, 3.0
+GRAPH_US = 800.0
+MAX_LAUNCHES = 128
+ROUNDS = 3
+LONG_US, LONG_ROUNDS = 2000.0, 2
+CONFIRM_ABOVE = 0.01  # regret from which chosen and best are timed again
+CONFIRM_ROUNDS = 7
+POOL_BYTES = 1 << 30  # at least
+COMPARED_ELEMENTS = 1 << 22
+GOOD = 0.07
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    k: int
+    n: int
+
+
+def shapes() -> list[Shape]:
+    """Every different one once, under the name of the first model that has it."""
+    found: dict[tuple[int, int], Shape] = {}
+    for model, (hidden, qkv, inner) in MODELS.items():
+        for world in WORLD_SIZES:
+            linears = {
+                "qkv": (hidden, qkv // world),
+                "o": (hidden // world, hidden),
+                "gate_up": (hidden, 2 * inner // world),
+                "down": (inner // world, hidden),
+            }
+            for linear, (k, n) in linears.items():
+                if min(k, n) >= SMALLEST:
+                    found.setdefault((k, n), Shape(f"{model} {linear}" + (f" / {world}" if world > 1 else ""), k, n))
+    return list(found.values())
+
+
+def problems(count: int) -> list[tuple[int, Shape]]:
+    """(tokens, shape), in rounds of one problem for each number of tokens; the same ones in every run."""
+    draw = random.Random(0)
+    decks = {m: draw.sample(shapes(), len(shapes())) for m in TOKENS}
+    rounds = [[(m, decks[m][i]) for m in TOKENS] for i in range(len(shapes()))]
+    for one in rounds:
+        draw.shuffle(one)
+    return [problem for one in rounds for problem in one][:count]
+
+
+def is_hopper(tile: int) -> bool:
+    return _core.TILES[tile].kernel == "sm90"
+
+
+def candidates(problem: _core.Problem, device: _core.Device, factor: float, most: int) -> list[_core.Plan]:
+    """The chosen plan first."""
+    chosen = _core.plan(problem, device)
+    plans = []
+    for tile in range(len(_core.TILES)):
+        for splits in SPLITS:
+            try:
+                plans.append(_core.plan_with_tile(problem, device, tile, splits))
+            except ValueError:  # tile and splits do not fit the problem
+                continue
+    plans.sort(key=lambda plan: plan.predicted_us)
+    taken = [plan for plan in plans if plan.predicted_us <= factor * plans[0].predicted_us][:most]
+    possible = [plan for plan in plans if plan.predicted_us <= FACTOR_OF_KERNEL * plans[0].predicted_us]
+    for hopper in (False, True):
+        taken += [plan for plan in possible if is_hopper(plan.tile) == hopper][:BEST_OF_KERNEL]
+    unique = {(plan.tile, plan.splits): plan for plan in [chosen, *taken]}
+    return list(unique.values())
+
+
+class Pools:
+    """Memory drawn once, of which every problem takes views: slices of packed weights, and values."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.dtype = args, getattr(torch, args.dtype)
+        largest = max(shape.k * shape.n for shape in shapes())
+        needed = max(shape.k for shape in shapes()) * TOKENS[-1]
+        slice_words = _core.slice_words(args.num_bits)
+        words = max(POOL_BYTES // 4, *(self.packed_words(shape) for shape in shapes()))
+        self.slices = random_slices(words // slice_words, args.num_bits)
+        self.values = torch.randn(max(needed, largest if args.cublas else 0), device="cuda", dtype=self.dtype)
+
+    def packed_words(self, shape: Shape) -> int:
+        rows, row_words = _core.packed_shape(shape.n, shape.k, self.args.num_bits)
+        return rows * row_words
+
+    def packed(self, shape: Shape) -> list[torch.Tensor]:
+        """Different weights that together exceed the caches, as far as the pool reaches; at least one."""
+        packed_shape = _core.packed_shape(shape.n, shape.k, self.args.num_bits)
+        words = self.packed_words(shape)
+        count = words // self.slices.shape[1]
+        copies = min(int(ROTATED_BYTES / (4 * words)) + 1, self.slices.shape[0] // count)
+        return [self.slices[i * count : (i + 1) * count].view(packed_shape) for i in range(copies)]
+
+    def dense(self, shape: Shape) -> list[torch.Tensor]:
+        size = shape.n * shape.k
+        copies = min(int(ROTATED_BYTES / (2 * size)) + 1, self.values.numel() // size)
+        return [self.values[i * size : (i + 1) * size].view(shape.n, shape.k) for i in range(copies)]
+
+    def acts(self, tokens: int, k: int) -> torch.Tensor:
+        return self.values[: tokens * k].view(tokens, k)
+
+
+class Recorder:
+    """Graphs that share one memory pool, captured and replayed on one stream."""
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()
+        # a pool lives as long as a graph that uses it
+        self.anchor = self.capture(lambda _: torch.zeros(1, device="cuda"), 1)
+
+    def capture(self, call: Callable[[int], object], launches: int) -> torch.cuda.CUDAGraph:
+        """What torch.cuda.graph does, less the waiting and the emptying of caches around it."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(pool=self.pool)
+            for i in range(launches):
+                call(i)
+            graph.capture_end()
+        return graph
+
+    def times(self, graphs: list[torch.cuda.CUDAGraph], launches: int, rounds: int) -> list[list[float]]:
+        """Microseconds of one call, of each graph in each round; one more round comes first."""
+        marks: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in graphs]
+        with torch.cuda.stream(self.stream):
+            for turn in range(rounds + 1):
+                for graph, events in zip(graphs, marks, strict=True):
+                    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                    begin.record()
+                    graph.replay()
+                    end.record()
+                    if turn > 0:
+                        events.append((begin, end))
+        self.stream.synchronize()
+        return [[begin.elapsed_time(end) * 1e3 / launches for begin, end in events] for events in marks]
+
+
+class Sweep:
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.pools, self.recorder = Pools(args), Recorder()
+        self.device = planner_device(torch.cuda.current_device())
+
+    def measure(self, tokens: int, shape: Shape) -> dict[str, object]:
+        args = self.args
+        problem = _core.Problem(tokens, shape.n, shape.k, args.group_size, args.num_bits, args.dtype)
+        plans = candidates(problem, self.device, args.factor, args.most)
+        a, packed = self.pools.acts(tokens, shape.k), self.pools.packed(shape)
+        scales = random_scales(shape.n, shape.k, args.group_size, args.num_bits, self.pools.dtype)
+        gemm = torch.ops.sparse_marlin._sparse_marlin_gemm_tile
+
+        def run(plan: _core.Plan, i: int) -> torch.Tensor:
+            weights = packed[i % len(packed)]
+            return gemm(a, weights, scales, args.group_size, args.num_bits, None, plan.tile, plan.splits)
+
+        calls: list[Callable[[int], object]] = [lambda i, plan=plan: run(plan, i) for plan in plans]
+        self.compare(plans, run)
+        if args.cublas:
+            dense = self.pools.dense(shape)
+            calls.append(lambda i: torch.mm(a, dense[i % len(dense)].t()))
+            with torch.cuda.stream(self.recorder.stream):
+                calls[-1](0)
+        launches = max(1, min(MAX_LAUNCHES, int(GRAPH_US / plans[0].predicted_us)))
+        graphs = [self.recorder.capture(call, launches) for call in calls]
+        times = self.recorder.times(graphs, launches, ROUNDS if plans[0].predicted_us < LONG_US else LONG_ROUNDS)
+        medians = [statistics.median(t) for t in times]
+        best = min(range(len(plans)), key=medians.__getitem__)
+        if medians[0] > (1 + CONFIRM_ABOVE) * medians[best]:
+            again = self.recorder.times([graphs[0], graphs[best]], launches, CONFIRM_ROUNDS)
+            for i, t in zip((0, best), again, strict=True):
+                times[i], medians[i] = t, statistics.median(t)
+        ranges = [[min(t), max(t)] for t in times]
+        row: dict[str, object] = {"shape": shape.name, "m": tokens, "n": shape.n, "k": shape.k}
+        if args.cublas:
+            row["cublas_us"] = round(medians[-1], 3)
+        row["plans"] = [
+            [plan.tile, plan.splits, *(round(us, 3) for us in (plan.predicted_us, median, *span))]
+            for plan, median, span in zip(plans, medians, ranges, strict=False)
+        ]
+        return row
+
+    def compare(self, plans: list[_core.Plan], run: Callable[[_core.Plan, int], torch.Tensor]) -> None:
+        """No candidate is timed whose result differs by more than roundings do. Loads the kernels, too."""
+        with torch.cuda.stream(self.recorder.stream):
+            wanted = self.last_rows(run(plans[0], 0))
+            tolerance = 4 * torch.finfo(self.pools.dtype).eps * wanted.norm()
+            for plan in plans[1:]:
+                error = (self.last_rows(run(plan, 0)) - wanted).norm()
+                if not bool(error <= tolerance):  # NaN, too
+                    tile = _core.TILES[plan.tile]
+                    raise AssertionError(
+                        f"tile {plan.tile} ({tile.block_m}x{tile.block_n} {tile.kernel} share {tile.share}) splits "
+                        f"{plan.splits}: differs from the chosen plan by {float(error / wanted.norm()):.2e}"
+                    )
+
+    @staticmethod
+    def last_rows(out: torch.Tensor) -> torch.Tensor:
+        return out[-max(1, COMPARED_ELEMENTS // out.shape[1]) :].float()
+
+
+def regret(row: dict[str, object]) -> float:
+    plans = row["plans"]
+    assert isinstance(plans, list)
+    return plans[0][3] / min(plan[3] for plan in plans) - 1
+
+
+def plan_text(tiles: list[str], plan: list[float]) -> str:
+    return f"{tiles[int(plan[0])]} splits {int(plan[1])}: {plan[3]:.2f} us ({plan[2]:.2f} predicted)"
+
+
+def report(result: dict[str, object]) -> None:
+    rows, tiles = result["problems"], result["tiles"]
+    assert isinstance(rows, list)
+    assert isinstance(tiles, list)
+    if not rows:
+        print("nothing measured")
+        return
+    table = Table(
+        title=f"{result['gpu']}, {result['dtype']}, {result['num_bits']} bits, group {result['group_size']}: "
+        f"regret of the planner, {len(rows)} problems, {sum(len(row['plans']) for row in rows)} plans"
+    )
+    columns = ("tokens", "problems", "mean", "90 %", "worst", f"within {GOOD:.0%}", "x cuBLAS", "least x")
+    for column in columns:
+        table.add_column(column, justify="right")
+    bands: dict[str, list[dict[str, object]]] = defaultdict(list)
+    for row in rows:
+        low = max(limit for limit in (1, 17, 65, 257, 1025) if limit <= row["m"])
+        bands[{1: "1-16", 17: "17-64", 65: "65-256", 257: "257-1024", 1025: "from 1025"}[low]].append(row)
+    order = sorted(bands, key=lambda name: min(int(str(row["m"])) for row in bands[name]))
+    for name, band in [*((name, bands[name]) for name in order), ("all", rows)]:
+        values = sorted(regret(row) for row in band)
+        speedups = [float(str(row["cublas_us"])) / row["plans"][0][3] for row in band if "cublas_us" in row]
+        table.add_row(
+            name, str(len(band)), f"{statistics.mean(values):.1%}", f"{values[int(0.9 * (len(values) - 1))]:.1%}",
+            f"{values[-1]:.1%}", f"{sum(value <= GOOD for value in values) / len(values):.1%}",
+            f"{statistics.geometric_mean(speedups):.2f}" if speedups else "",
+            f"{min(speedups):.2f}" if speedups else "",
+        )  # fmt: skip
+    Console(width=130).print(table)
+    print("worst:")
+    for row in sorted(rows, key=regret, reverse=True)[:12]:
+        best = min(row["plans"], key=lambda plan: plan[3])
+        print(f"  {regret(row):6.1%}  M={row['m']} {row['k']} -> {row['n']} ({row['shape']})")
+        print(f"          chosen {plan_text(tiles, row['plans'][0])}; best {plan_text(tiles, best)}")
+    slow = [row for row in rows if "cublas_us" in row and row["cublas_us"] < row["plans"][0][3]]
+    if slow:
+        print("slower than cuBLAS:")
+        for row in sorted(slow, key=lambda row: row["cublas_us"] / row["plans"][0][3]):
+            us = row["plans"][0][3]
+            print(f"  {row['cublas_us'] / us:.2f}  M={row['m']} {row['k']} -> {row['n']}: {us:.2f} us")
+    ratios = sorted(row["plans"][0][3] / row["plans"][0][2] for row in rows)
+    deciles = [f"{ratios[int(share * (len(ratios) - 1))]:.2f}" for share in (0.1, 0.5, 0.9)]
+    print(f"measured / predicted of the chosen plan, at 10, 50 and 90 %: {', '.join(deciles)}")
+
+
+def write(path: Path, result: dict[str, object]) -> None:
+    """One problem a line."""
+    rows = result["problems"]
+    assert isinstance(rows, list)
+    head = json.dumps({key: value for key, value in result.items() if key != "problems"}, indent=1)
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    path.write_text(head.rstrip("}\n") + f',\n "problems": [\n  {lines}\n ]\n}}\n')
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--num-bits", type=int, choices=(4, 8), default=4)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--budget", type=float, default=90.0, help="seconds of measuring, without set-up")
+    parser.add_argument("--problems", type=int, default=330, help="at most so many")
+    parser.add_argument("--factor", type=float, default=1.6, help="predicted time over the best one, of candidates")
+    parser.add_argument("--most", type=int, default=14, help="candidates within the factor, at most")
+    parser.add_argument("--cublas", action="store_true", help="time cuBLAS beside")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--report", type=Path, help="print the summary of this JSON file and measure nothing")
+    args = parser.parse_args()
+    if args.report:
+        report(json.loads(args.report.read_text()))
+        return 0
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    rows: list[dict[str, object]] = []
+    failure = ""
+    with torch.inference_mode():
+        sweep = Sweep(args)
+        sweep.measure(256, shapes()[0])  # warms up
+        end = time.monotonic() + args.budget
+        wanted = problems(args.problems)
+        for tokens, shape in wanted:
+            if time.monotonic() > end:
+                break
+            try:
+                rows.append(sweep.measure(tokens, shape))
+            except (RuntimeError, AssertionError) as error:  # what was measured so far is kept
+                failure = f"M={tokens} {shape.k} -> {shape.n}: {error}"
+                break
+        left = end - time.monotonic()
+    result: dict[str, object] = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "dtype": args.dtype,
+        "num_bits": args.num_bits,
+        "group_size": args.group_size,
+        "num_sms": sweep.device.num_sms,
+        "factor": args.factor,
+        "most": args.most,
+        "plan_columns": ["tile", "splits", "predicted_us", "us", "us_least", "us_most"],  # the chosen plan first
+        "tiles": [f"{t.block_m}x{t.block_n} {t.kernel} share {t.share}" for t in _core.TILES],
+        "problems": rows,
+    }
+    if args.out:
+        write(args.out, result)
+    report(result)
+    print(f"{len(rows)} of {len(wanted)} problems measured, {max(0.0, left):.0f} of {args.budget:.0f} s left")
+    if failure:
+        print(f"stopped at {failure}", file=sys.stderr)
+    return 1 if failure else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
