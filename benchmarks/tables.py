@@ -1,0 +1,91 @@
+"""Markdown tables from the JSON files of the benchmarks, as docs/ and README.md show them. Needs no GPU.
+
+    python benchmarks/tables.py benchmarks/results/gemm_h200_float16_int4.json benchmarks/results/layer_h200.json
+
+For bench_plan.py's files: python benchmarks/bench_plan.py --report FILE.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def gemm_table(result: Row) -> str:
+    """x cuBLAS: the geometric means, then every shape."""
+    rows: list[Row] = result["rows"]
+    tokens = sorted({row["m"] for row in rows})
+
+    def mean(m: int, key: str) -> str:
+        values = [row[key] for row in rows if row["m"] == m and key in row]
+        return f"{statistics.geometric_mean(values):.2f}" if values else ""
+
+    lines = [["**geometric mean**", *(mean(m, "speedup") for m in tokens)]]
+    if any("sparse_marlin_speedup" in row for row in rows):
+        lines.append(["public Sparse-Marlin, geometric mean", *(mean(m, "sparse_marlin_speedup") for m in tokens)])
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        found = {row["m"]: row for row in rows if row["shape"] == shape}
+        k, n = next((row["k"], row["n"]) for row in found.values())
+        for label, text in (
+            (f"{shape}, {k} → {n}", lambda row: f"{row['speedup']:.2f}"),
+            ("us", lambda row: f"{row['us']:.1f}"),
+            ("of floor", lambda row: f"{row['floor_fraction']:.2f}"),
+        ):
+            lines.append([label, *(text(found[m]) if m in found else "" for m in tokens)])
+    return markdown(["tokens", *map(str, tokens)], lines)
+
+
+def layer_table(result: Row) -> str:
+    head = ["tokens", "cuBLAS us", "plain us", "x", "dependent us", "x", "of floor"]
+    rows = [
+        [
+            str(row["m"]), f"{row['cublas_us']:.1f}", f"{row['plain_us']:.1f}", f"{row['plain_speedup']:.2f}",
+            f"{row['dependent_us']:.1f}", f"{row['dependent_speedup']:.2f}", f"{row['floor_fraction']:.2f}",
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    return markdown(head, rows)
+
+
+def model_table(result: Row) -> str:
+    rows = [
+        [
+            row["what"], str(row["batch"]), str(row["context"]), f"{row['dense_ms']:.2f}", f"{row['sparse_ms']:.2f}",
+            f"{row['speedup']:.2f}", f"{row['sparse_tokens_per_s']:.0f}" if "sparse_tokens_per_s" in row else "",
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    return markdown(["", "batch", "tokens", "dense ms", "sparse ms", "x", "tokens/s"], rows)
+
+
+def table(result: Row) -> str:
+    """The table of whichever benchmark wrote this."""
+    rows = result.get("rows")
+    if not rows:
+        raise ValueError("no rows: not a file of bench_gemm.py, bench_layer.py or bench_model.py")
+    for key, make in (("tflops", gemm_table), ("dependent_us", layer_table), ("dense_ms", model_table)):
+        if key in rows[0]:
+            return make(result)
+    raise ValueError(f"rows of an unknown kind: {', '.join(rows[0])}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path)
+    for path in parser.parse_args().files:
+        result = json.loads(path.read_text())
+        print(
+            f"{path.name}: {result['gpu']}, {result['dtype']}, {result['num_bits']} bits, group {result['group_size']}"
+        )
+        print(f"\n{table(result)}\n")
+
+
+if __name__ == "__main__":
+    main()
