@@ -1,0 +1,424 @@
+"""The machine code of the Hopper kernels, read without a GPU: rules that ptxas does not keep for us. Where one is
+broken only time would show it, or a rare wrong result.
+
+* No register-to-uniform moves in a main loop. A descriptor that lives in ordinary registers costs such moves before
+  every multiplication, and 9 to 20 % of the kernel's speed.
+* No spills.
+* Nothing writes the registers that an unfinished multiplication still reads or adds to. ptxas tracks the sums and the
+  weights of wgmma.sp, not its metadata, and gives that register away while the multiplication runs.
+
+The checks are functions over a list of instructions; the first tests give them short listings with one fault each.
+"""
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from test_build import ARCHITECTURES, cuobjdump
+
+from sparse_marlin import _core
+from sparse_marlin._extension import LIBRARY
+
+ARCHITECTURE = "sm_90a"
+MULTIPLY, WAIT = "HGMMA", "WARPGROUP.DEPBAR.LE"
+# What may not stand in a main loop. A call would also hide what it writes.
+KEPT_OUT = {"R2UR": "register-to-uniform move", "LDL": "spill", "STL": "spill", "CALL": "call"}
+
+
+class Instruction(NamedTuple):
+    address: int
+    predicate: str
+    opcode: str
+    operands: str
+
+    @property
+    def name(self) -> str:
+        return self.opcode.partition(".")[0]
+
+    def __str__(self) -> str:
+        return f"{self.address:#06x} {self.predicate} {self.opcode} {self.operands}"
+
+
+Code = list[Instruction]
+INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*;")
+
+
+def instruction(line: str) -> Instruction | None:
+    found = INSTRUCTION.match(line)
+    return Instruction(int(found[1], 16), found[2] or "", found[3], found[4]) if found else None
+
+
+def successors(code: Code) -> list[list[int]]:
+    """Of every instruction, where those that may run next stand in `code`.
+
+    A call comes back. BSYNC, where threads that went different ways meet, stands right before the place it leads to.
+    """
+    at = {each.address: i for i, each in enumerate(code)}
+    following = []
+    for i, each in enumerate(code):
+        assert each.name not in ("BRX", "JMX", "JMP"), f"a jump this test cannot follow: {each}"
+        always = not each.predicate
+        after = []
+        if each.name == "BRA":
+            after.append(at[int(each.operands.split(", ")[-1], 16)])
+            always = always and ", " not in each.operands  # BRA.U UP0, 0x100: by a uniform predicate
+        if not (always and each.name in ("BRA", "EXIT", "RET")) and i + 1 < len(code):
+            after.append(i + 1)
+        following.append(after)
+    return following
+
+
+def multiplications(code: Code) -> list[int]:
+    return [i for i, each in enumerate(code) if each.name == MULTIPLY]
+
+
+def main_loop(code: Code) -> list[int]:
+    """The instructions of the innermost loop with a multiplication, wherever they stand: ptxas moves waits out of line.
+    A loop is what reaches a branch back without passing through the branch's target."""
+    before: list[list[int]] = [[] for _ in code]
+    for i, after in enumerate(successors(code)):
+        for j in after:
+            before[j].append(i)
+    at = {each.address: i for i, each in enumerate(code)}
+    all_multiplications = multiplications(code)
+    loops = []
+    for latch, each in enumerate(code):
+        if each.name != "BRA":
+            continue
+        head = at[int(each.operands.split(", ")[-1], 16)]
+        if not any(head <= i <= latch for i in all_multiplications):
+            continue
+        body, left = {head}, [latch]
+        while left:
+            i = left.pop()
+            if i not in body:
+                body.add(i)
+                left += before[i]
+        loops.append(sorted(body))
+    assert loops, "no loop contains a multiplication"
+    return min(loops, key=len)
+
+
+def loop_faults(code: Code) -> list[str]:
+    loop = main_loop(code)
+    outside = set(multiplications(code)) - set(loop)
+    faults = [f"multiplication outside the main loop: {code[i]}" for i in sorted(outside)]
+    return faults + [f"{KEPT_OUT[code[i].name]}: {code[i]}" for i in loop if code[i].name in KEPT_OUT]
+
+
+def written(each: Instruction) -> range:
+    """The registers that an instruction writes; where the width is in doubt too many, which can raise a false alarm and
+    hide nothing."""
+    if each.name == MULTIPLY:
+        return operands_of(each).sums
+    if each.name in ("BAR", "RET", "WARPSYNC", "NANOSLEEP"):  # these read their first register
+        return range(0)
+    operands = each.operands.split(", ")
+    if re.fullmatch(r"U?P[\dT]", operands[0]):  # SHFL and others: a predicate first
+        operands = operands[1:]
+    first = re.fullmatch(r"R(\d+)", operands[0]) if operands else None
+    if first is None:  # a store's address, predicates, uniform registers, nothing
+        return range(0)
+    parts = each.opcode.split(".")
+    width = 1
+    if each.name in ("CS2R", "DADD", "DMUL", "DFMA") or {"64", "WIDE"} & set(parts) or parts[1:2] in (["U64"], ["S64"]):
+        width = 2
+    if "128" in parts or each.name in ("LDSM", "HMMA", "IMMA"):
+        width = 4
+    return range(int(first[1]), int(first[1]) + width)
+
+
+class Operands(NamedTuple):
+    """Registers of a multiplication."""
+
+    sums: range
+    weights: range
+    metadata: range
+
+
+def operands_of(each: Instruction) -> Operands:
+    # HGMMA.SP.64x128x32.F32 R24, R64, gdesc[UR16], R24, R73, 0x0, gsb0: sums, weights, activations, sums, metadata
+    tokens = re.search(r"\.SP\.64x(\d+)x32\.F32", each.opcode)
+    found = re.match(r"R(\d+), R(\d+), gdesc\[UR\d+\], (?:R\1|RZ), R(\d+),", each.operands)
+    assert tokens is not None, f"a multiplication this test cannot read: {each}"
+    assert found is not None, f"operands this test cannot read: {each}"
+    sums, weights, metadata = (int(r) for r in found.groups())
+    return Operands(range(sums, sums + int(tokens[1]) // 2), range(weights, weights + 4), range(metadata, metadata + 1))
+
+
+def unfinished(code: Code) -> dict[int, dict[int, int]]:
+    """Before each instruction, the multiplications that may be unfinished, each with how many groups were surely
+    committed after its own. "gsb0" commits a group; a wait for all groups but the newest N ends those with N newer ones
+    or more."""
+    following = successors(code)
+    starts = multiplications(code)
+    state: dict[int, dict[int, int]] = {i: {} for i in starts}
+    left = list(starts)
+    while left:
+        i = left.pop()
+        now, each = dict(state[i]), code[i]
+        if each.name == MULTIPLY:
+            commits = "gsb0" in each.operands
+            now = {m: newer + commits for m, newer in now.items()}
+            now[i] = 0 if commits else -1
+        elif each.opcode == WAIT and not each.predicate:
+            pending = int(each.operands.removeprefix("gsb0, "), 16)
+            now = {m: newer for m, newer in now.items() if newer < pending}
+        for j in following[i]:
+            known = state.get(j)
+            merged = dict(known or {})
+            for m, newer in now.items():  # of two ways to the same place the one on which less was committed
+                merged[m] = min(newer, merged.get(m, newer))
+            if merged != (known or {}):
+                state[j] = merged
+                left.append(j)
+    return state
+
+
+def overwritten(code: Code) -> list[str]:
+    """Writes to registers of unfinished multiplications. Two multiplications may share sums: they run in order."""
+    faults = []
+    for i, pending in sorted(unfinished(code).items()):
+        target = written(code[i])
+        for m in sorted(pending):
+            for kind, registers in operands_of(code[m])._asdict().items():
+                if kind == "sums" and code[i].name == MULTIPLY:
+                    continue
+                if set(target) & set(registers):
+                    faults.append(f"{kind} of an unfinished multiplication: {code[i]}, of {code[m]}")
+    return faults
+
+
+# A made-up kernel: two multiplications a turn, one of which stays in flight; a loop over tiles around it; a wait out of
+# line.
+LISTING = """
+            S2R R0, SR_TID.X
+tiles:      R2UR UR4, R20
+            STL [R1], R0
+            CALL.REL.NOINC tiles
+loop:       WARPGROUP.ARRIVE
+            HGMMA.SP.64x16x32.F32 R24, R64, gdesc[UR16], R24, R73, 0x0, gsb0
+first:      NOP
+            WARPGROUP.DEPBAR.LE gsb0, 0x1
+second:     NOP
+            WARPGROUP.ARRIVE
+            HGMMA.SP.64x16x32.F32 R24, R68, gdesc[UR16], R24, R74, 0x1, gsb0
+            WARPGROUP.DEPBAR.LE gsb0, 0x1
+third:      NOP
+            SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR8+0x34000], R10
+            @!P0 BRA wait
+again:      UIADD3 UR8, UR8, 0x4, URZ
+            @P1 BRA loop
+            WARPGROUP.DEPBAR.LE gsb0, 0x0
+after:      NOP
+            LDL R0, [R1]
+            @P2 BRA tiles
+            EXIT
+wait:       SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR8+0x34000], R10
+aside:      NOP
+            @!P0 BRA wait
+            BRA again
+"""
+
+
+def listing(place: str = "", inserted: str = "") -> Code:
+    """LISTING with the instruction at the label `place` replaced, as cuobjdump would print it, read."""
+    lines = LISTING.strip("\n").splitlines()
+    addresses = {line.partition(":")[0]: 16 * i for i, line in enumerate(lines) if line[0] != " "}
+    code = []
+    for i, line in enumerate(lines):
+        text = inserted if place and line.startswith(f"{place}:") else line[12:]
+        text = re.sub(r"\b[a-z]+$", lambda word: hex(addresses.get(word[0], 0)), text)
+        each = instruction(f"        /*{16 * i:04x}*/                   {text} ;            /* 0x000fe20003800000 */")
+        assert each, text
+        code.append(each)
+    return code
+
+
+def test_a_listing_without_a_fault():
+    assert [each.address for each in listing()] == list(range(0, 16 * len(listing()), 16))
+    assert loop_faults(listing()) == []
+    assert overwritten(listing()) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "inserted"),
+    [
+        ("first", "R2UR UR16, R20"),
+        ("third", "@P1 R2UR.OR P0, UR8, R14"),
+        ("aside", "R2UR UR8, R12"),
+        ("second", "LDL.LU R14, [R1]"),
+        ("third", "@!P3 STL.64 [R1+0x8], R14"),
+        ("first", "CALL.REL.NOINC tiles"),
+        ("after", "HGMMA.SP.64x16x32.F32 R24, R64, gdesc[UR16], R24, R73, 0x0, gsb0"),
+    ],
+)
+def test_what_may_not_stand_in_a_main_loop_is_found(place, inserted):
+    (fault,) = loop_faults(listing(place, inserted))
+    assert inserted.split()[-1] in fault or "0x10" in fault
+
+
+@pytest.mark.parametrize(
+    ("place", "inserted", "kind"),
+    [
+        ("second", "LOP3.LUT R73, R73, UR15, R118, 0xea, !PT", "metadata"),
+        ("first", "LOP3.LUT R74, R74, UR15, R118, 0xea, !PT", "metadata"),  # of the turn before
+        ("third", "@!P0 MOV R74, R5", "metadata"),
+        ("aside", "MOV R74, R5", "metadata"),
+        ("second", "CS2R R72, SRZ", "metadata"),
+        ("second", "IMAD.WIDE.U32 R72, P6, R27, R24, R26", "metadata"),
+        ("second", "LDS.64 R72, [R3+UR8+0x28200]", "metadata"),
+        ("second", "LDS.128 R72, [R3+UR8+0x28200]", "metadata"),
+        ("second", "F2I.U64.TRUNC R72, R26", "metadata"),
+        ("second", "SHFL.IDX PT, R73, R5, RZ, 0x1f", "metadata"),
+        ("second", "LDS.128 R60, [R2+UR8]", ""),
+        ("second", "LDS.128 R61, [R2+UR8]", "weights"),
+        ("second", "HMUL2 R67, R12, R10.H0_H0", "weights"),
+        ("first", "HMUL2 R68, R12, R10.H0_H0", "weights"),
+        ("third", "HMUL2 R71, R12, R10.H0_H0", "weights"),
+        ("second", "HGMMA.SP.64x16x32.F32 R72, R68, gdesc[UR16], R72, R80, 0x0, gsb0", "metadata"),
+        ("third", "FADD R31, R31, R2", "sums"),
+        ("third", "FADD R32, R32, R2", ""),
+        ("second", "MOV R74, R5", ""),
+        ("third", "MOV R73, R5", ""),
+        ("third", "LDS.128 R64, [R2+UR8]", ""),
+        ("after", "LDS.128 R72, [R2+UR8]", ""),
+        ("after", "FADD R24, R24, R2", ""),
+        ("second", "STS.128 [R73+UR8], R64", ""),
+        ("second", "STG.E.U16 desc[UR12][R72.64], R73", ""),
+        ("second", "BAR.SYNC.DEFER_BLOCKING R73, 0x80", ""),
+        ("second", "ISETP.GE.OR P6, PT, R73, UR6, P1", ""),
+        ("second", "SYNCS.ARRIVE.TRANS64.RED.A1T0 RZ, [R73+URZ], RZ", ""),
+    ],
+)
+def test_writes_to_unfinished_multiplications_are_found(place, inserted, kind):
+    faults = overwritten(listing(place, inserted))
+    assert bool(faults) == bool(kind), faults
+    assert all(inserted.split()[1].rstrip(",") in fault for fault in faults)
+    assert not kind or faults[0].startswith(kind)
+
+
+def test_a_wait_that_waits_for_too_few_is_found():
+    """With two pending groups allowed, the first multiplication may still run where it was finished."""
+    patched = [
+        each._replace(operands="gsb0, 0x2") if each.opcode == WAIT else each for each in listing("third", "MOV R73, R5")
+    ]
+    assert [fault.partition(" ")[0] for fault in overwritten(patched)] == ["metadata"]
+
+
+def test_a_group_of_two_is_committed_by_its_last():
+    code = listing("third", "MOV R73, R5")
+    first = multiplications(code)[0]
+    code[first] = code[first]._replace(operands=code[first].operands.removesuffix(", gsb0"))
+    assert [fault.partition(" ")[0] for fault in overwritten(code)] == ["metadata"]
+
+
+class Kernel(NamedTuple):
+    act: str
+    num_bits: int
+    shape: int
+    scale_mode: int
+
+    def __str__(self) -> str:
+        tile = SHAPES[self.shape]
+        mode = ("one scale a row", "scales a tile", "scales a step")[self.scale_mode]
+        return f"{tile.block_m} tokens x {tile.block_n} features, {self.act}, {self.num_bits} bits, {mode}"
+
+
+ACTS = ("6__half", "13__nv_bfloat16")
+SHAPES = [tile for tile in _core.TILES if tile.kernel == "sm90" and tile.share == 1]  # sharing does not change the code
+SCALE_MODES = 3
+KERNELS = {Kernel(*each) for each in product(ACTS, _core.NUM_BITS, range(len(SHAPES)), range(SCALE_MODES))}
+# Bytes of stack, by the tokens of a tile: the aim is none. The largest tile's registers are full of sums, 2 x 96 a
+# thread: some of its consumers keep one value on the stack during a tile, its producer the thread number. Neither is
+# touched in a main loop.
+STACK = {192: 8}
+
+
+def kernel_name(text: str) -> Kernel | None:
+    found = re.search(r"gemm_sm90I(\w+?)Li(\d+)ELi(\d+)ELNS_9ScaleModeE(\d)E", text)
+    return Kernel(found[1], int(found[2]), int(found[3]), int(found[4])) if found else None
+
+
+def lines(*command: str, folder: Path) -> Iterator[str]:
+    # the disassembler of another release warns of the file's format, once a file
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        yield from process.stdout
+    assert process.returncode == 0, f"{command}: exit status {process.returncode}"
+
+
+@pytest.fixture(scope="module")
+def cubins(tmp_path_factory) -> list[Path]:
+    """The files of device code, as they are in the extension, that hold Hopper kernels."""
+    if ARCHITECTURE not in ARCHITECTURES:
+        pytest.skip(f"built without native code for {ARCHITECTURE}")
+    folder = tmp_path_factory.mktemp("cubins")
+    for _ in lines(cuobjdump(), "-arch", ARCHITECTURE, "-xelf", "all", LIBRARY, folder=folder):
+        pass
+    return [path for path in folder.iterdir() if b"gemm_sm90" in path.read_bytes()]
+
+
+@pytest.fixture(scope="module")
+def kernels(cubins) -> dict[Kernel, Code]:
+    def disassemble(cubin: Path) -> dict[Kernel, Code]:
+        found: dict[Kernel, Code] = {}
+        kernel = None
+        for line in lines(cuobjdump(), "-sass", str(cubin), folder=cubin.parent):
+            if "Function : " in line:
+                kernel = kernel_name(line)
+            elif kernel and (each := instruction(line)):
+                found.setdefault(kernel, []).append(each)
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        return {kernel: code for found in pool.map(disassemble, cubins) for kernel, code in found.items()}
+
+
+def expect_none(kernels: dict[Kernel, Code], check: Callable[[Code], list[str]]) -> None:
+    faults = [f"{kernel}: {fault}" for kernel, code in sorted(kernels.items()) for fault in check(code)]
+    assert not faults, f"{len(faults)} faults, first\n" + "\n".join(faults[:20])
+
+
+def test_every_hopper_kernel_is_read(kernels):
+    assert set(kernels) == KERNELS
+    for kernel, code in kernels.items():
+        assert [each.address for each in code] == list(range(0, 16 * len(code), 16)), f"{kernel}: gaps"
+        loop = main_loop(code)
+        assert set(multiplications(code)) <= set(loop), kernel
+        assert any(code[i].opcode == WAIT for i in loop), kernel
+
+
+def test_main_loops_have_no_moves_to_uniform_registers_and_no_spills(kernels):
+    expect_none(kernels, loop_faults)
+
+
+def test_registers_of_unfinished_multiplications_are_left_alone(kernels):
+    expect_none(kernels, overwritten)
+
+
+def test_the_check_finds_faults_in_real_code(kernels):
+    """With waits that hardly wait, registers are written too early."""
+    for kernel, code in kernels.items():
+        patched = [each._replace(operands="gsb0, 0x7") if each.opcode == WAIT else each for each in code]
+        assert overwritten(patched), kernel
+
+
+def test_no_kernel_spills(cubins):
+    stacks: dict[Kernel, int] = {}
+    kernel = None
+    for cubin in cubins:
+        for line in lines(cuobjdump(), "-res-usage", str(cubin), folder=cubin.parent):
+            if "Function " in line:
+                kernel = kernel_name(line)
+            elif kernel and (found := re.search(r"STACK:(\d+) .*LOCAL:(\d+)", line)):
+                stacks[kernel] = int(found[1]) + int(found[2])
+    assert set(stacks) == KERNELS
+    limits = {kernel: STACK.get(SHAPES[kernel.shape].block_m, 0) for kernel in stacks}
+    faults = [f"{kernel}: {stack} bytes of stack" for kernel, stack in stacks.items() if stack > limits[kernel]]
+    assert not faults, "\n".join(faults)
