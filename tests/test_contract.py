@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 from test_gemm import Layer
 from torch import nn
 from torch.autograd import forward_ad

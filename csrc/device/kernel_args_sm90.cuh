@@ -7,13 +7,15 @@
 namespace sparse_marlin::device {
 
 struct KernelArgsSm90 {
-  KernelArgs gemm;          // tiles_n counts clusters' tiles
+  KernelArgs gemm;          // a tile of tiles_n is share x block_n features
   CUtensorMap acts_map;     // [m, k], box: block_m tokens x 64 columns
   CUtensorMap weights_map;  // [row tiles, 1024-byte rows, 256 words], box: what a block reads of a 128-column tile
   CUtensorMap scales_map;   // [groups, n], box: groups of a 128-column tile x block_n features; unset where channelwise
-  CUtensorMap out_map;      // [m, n], box: tokens of a pass x 64 features; unset unless out_mapped
+  CUtensorMap out_map;      // [m, n], box: store_tokens x 64 features; unset unless out_mapped
   int out_mapped;           // rows of the output start at multiples of 16 bytes, as tensor copies need
-  uint32_t stage_bytes;     // that arrive for a stage
+  int share;                // blocks of a cluster along features; gemm.splits of them along k
+  int store_tokens;         // of one store: a pass of the epilogue, or a chunk where k is split
+  uint32_t scales_bytes;    // of a stage
   uint32_t zero;            // 0, which the compiler must not know (renew in mainloop_sm90.cuh)
 };
 

@@ -1,54 +1,78 @@
 // The Hopper kernel (wgmma.sp, compute capability 9.0) as an outline: roles, pipeline, epilogue. Persistent: a cluster of blocks
-// walks over output tiles (and splits of k) until none is left.
+// walks over output tiles until none is left; where k is split over the cluster, it does one.
 #pragma once
 #include "device/epilogue_sm90.cuh"
+#include "device/exchange_sm90.cuh"
 #include "device/mainloop_sm90.cuh"
 
 namespace sparse_marlin::device {
 
-// The tile goes by its index in kTilesSm90, as in kernel_sm80.cuh.
-template <typename Act, int kBits, int kTileIndex, ScaleMode kMode>
-__global__ void __launch_bounds__(kTilesSm90[kTileIndex].threads(), 1)
+// The shape goes by its index in kShapesSm90, as in kernel_sm80.cuh.
+template <typename Act, int kBits, int kShapeIndex, ScaleMode kMode>
+__global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), 1)
     gemm_sm90(const __grid_constant__ KernelArgsSm90 args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr TileSm90 kTile = kTilesSm90[kTileIndex];
+  constexpr ShapeSm90 kTile = kShapesSm90[kShapeIndex];
   using Producer = ProducerSm90<Act, kBits, kTile, kMode>;
   using Consumer = ConsumerSm90<Act, kBits, kTile, kMode>;
   using Pipeline = PipelineSm90<Act, kBits, kTile, kMode>;
+  using Exchange = ExchangeSm90<Consumer, kTile>;
   using End = EpilogueSm90<Act, Consumer, kTile>;
   extern __shared__ uint8_t shared[];
   const uint32_t smem = (ptx::smem_address(shared) + kSwizzleAlign - 1) & ~uint32_t{kSwizzleAlign - 1};
-  const Pipeline pipeline{args, smem, kTile.cluster > 1 ? static_cast<int>(ptx::cluster_block()) : 0};
+  const int splits = args.gemm.splits;
+  const Pipeline pipeline{args, smem};
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
+  const bool alone = args.share * splits == 1;  // in its cluster
 
   if (threadIdx.x == 0) pipeline.init_barriers();
-  if constexpr (kTile.cluster > 1) {
-    ptx::cluster_sync();
-  } else {
+  if (alone) {
     __syncthreads();
+  } else {
+    ptx::cluster_meet();
   }
 
   if (warpgroup == kTile.consumers) {
     ptx::registers_release<kTile.producer_registers()>();
-    if (threadIdx.x == kTile.consumers * kWarpgroupThreads) Producer{pipeline}.run();
+    if (threadIdx.x % format::kLanes == 0) {
+      Producer{pipeline}.run(threadIdx.x / format::kLanes % format::kTileSlices);
+    }
     __syncwarp();
+    if constexpr (kTile.may_split()) {
+      if (splits > 1) {  // the consumers' exchange
+        ptx::cluster_meet();
+        ptx::cluster_sync();
+      }
+    }
   } else {
     ptx::registers_acquire<kTile.consumer_registers()>();
     const Consumer consumer{pipeline, Consumer::lane_place(warpgroup), warpgroup};
     const End end{args, smem + Pipeline::kSmem.staging + warpgroup * Pipeline::kSmem.staging_bytes, warpgroup};
-    ptx::grid_dependency_wait();  // output and workspace may still be in use by the kernel before
+    ptx::grid_dependency_wait();  // the output may still be in use by the kernel before
     typename Consumer::Sums sums;
     typename Consumer::Weights weights = {};
     typename Pipeline::Place place{0, 0};
-    for (int item = pipeline.first_item(); item < pipeline.items(); item += pipeline.item_step()) {
-      const BlockWork work = pipeline.work(item);
+    const int step = ptx::num_clusters();
+    for (int tile = ptx::cluster_id(); tile < pipeline.tiles(); tile += step) {
+      const BlockWork work = pipeline.work(tile);
       consumer.run(sums, weights, work, place);
-      end.store(sums, work, pipeline.feature0(work) + warpgroup * Consumer::kPanels * format::kTileRows);
+      const int feature0 = pipeline.feature0(work) + warpgroup * Consumer::kPanels * format::kTileRows;
+      if constexpr (kTile.may_split()) {
+        if (splits > 1) {
+          const Exchange exchange = Exchange::of(consumer, splits);
+          ptx::cluster_meet();  // nobody reads its stages any more
+          exchange.send(sums);
+          ptx::cluster_sync();
+          end.store_owned(exchange, work, feature0);
+          continue;
+        }
+      }
+      end.store(sums, work, feature0);
     }
     if (threadIdx.x % kWarpgroupThreads == 0) ptx::bulk_wait_read();  // the staging bytes must live until they are read
   }
-  // shared memory must outlive the other block's arrivals and copies
-  if constexpr (kTile.cluster > 1) ptx::cluster_sync();
+  // shared memory must outlive the other block's arrivals and copies; where there was an exchange, they came before it
+  if (!alone && splits == 1) ptx::cluster_meet();
 #endif
 }
 

@@ -3,8 +3,8 @@
 // in shared memory. docs/KERNEL_SM90.md has the drawing and the cycle budget.
 //
 // A stage is one 128-column tile: acts [half][token][64 columns], row tiles of packed weights as they lie in memory, scales.
-// A unit is one wgmma: one panel (64 features) and one step (32 columns). Up to three units are in flight while the next is
-// dequantized, so there are four fragment buffers.
+// A unit is one wgmma: one panel (64 features) and one step (32 columns). Up to three are in flight while the next is dequantized,
+// so there are four buffers of weights. Larger groups of units would have less overhead, but measure slower.
 //
 // Two rules the compiler does not keep for us (tests/test_sass.py checks both on the machine code):
 //   - the metadata register of an unfinished wgmma may be overwritten by ptxas, which tracks operands a and d only: renew().
@@ -36,17 +36,23 @@ struct RingPlace {
   }
 };
 
-// What both sides of the pipeline know: where things lie, and which output tiles the block works on.
-template <typename Act, int kBits, TileSm90 kTile, ScaleMode kMode>
+// What both sides of the pipeline know: where things lie, and which output tiles the block works on. The blocks of a cluster are
+// numbered along features first, then along k.
+template <typename Act, int kBits, ShapeSm90 kTile, ScaleMode kMode>
 struct PipelineSm90 {
   static constexpr SmemSm90 kSmem = smem_sm90(kTile, kBits, kMode);
-  static constexpr int kTokens = kTile.block_m;
-  static constexpr int kCluster = kTile.cluster;
   using Place = RingPlace<kSmem.stages>;
 
   const KernelArgsSm90& args;
   const uint32_t smem;  // 1024-byte aligned
-  const int rank;       // of the block in its cluster
+
+  // Read again wherever they are needed: registers are short. share is 1 or 2.
+  __device__ __forceinline__ int share_rank() const { return ptx::cluster_block() & (args.share - 1); }
+  __device__ __forceinline__ int split() const { return ptx::cluster_block() >> (args.share - 1); }
+  // The block at `share_rank` among those that share activations with this one, by its number in the cluster.
+  __device__ __forceinline__ int sharer(int share_rank) const {
+    return (ptx::cluster_block() & -args.share) + share_rank;
+  }
 
   __device__ __forceinline__ uint32_t acts_at(int stage) const { return smem + stage * kSmem.acts_bytes; }
   __device__ __forceinline__ uint32_t weights_at(int stage) const {
@@ -56,97 +62,112 @@ struct PipelineSm90 {
   __device__ __forceinline__ uint32_t full(int stage) const { return smem + kSmem.full + stage * kBarrierBytes; }
   __device__ __forceinline__ uint32_t empty(int stage) const { return smem + kSmem.empty + stage * kBarrierBytes; }
 
-  __device__ __forceinline__ int first_item() const { return blockIdx.x / kCluster; }
-  __device__ __forceinline__ int item_step() const { return gridDim.x / kCluster; }
-  __device__ __forceinline__ int items() const { return args.gemm.tiles_m * args.gemm.tiles_n * args.gemm.splits; }
-  __device__ __forceinline__ BlockWork work(int item) const {
-    return block_work(item, args.gemm.tiles_m, args.gemm.tiles_n, args.gemm.splits, format::col_tiles(args.gemm.k));
+  __device__ __forceinline__ int tiles() const { return args.gemm.tiles_m * args.gemm.tiles_n; }
+  __device__ __forceinline__ BlockWork work(int tile) const {
+    const KernelArgs& g = args.gemm;
+    return block_work(tile * g.splits + split(), g.tiles_m, g.tiles_n, g.splits, format::col_tiles(g.k));
   }
   __device__ __forceinline__ int feature0(const BlockWork& w) const {
-    return (w.tile_n * kCluster + rank) * kTile.block_n();
+    return (w.tile_n * args.share + share_rank()) * kTile.block_n();
   }
 
   __device__ __forceinline__ void init_barriers() const {
     for (int i = 0; i < kSmem.stages; ++i) {
-      ptx::mbarrier_init(full(i), 1);
-      ptx::mbarrier_init(empty(i), kCluster * kTile.consumers * (kWarpgroupThreads / format::kLanes));
+      ptx::mbarrier_init(full(i), kMode == ScaleMode::kNone ? 2 : 3);  // the producer's threads
+      ptx::mbarrier_init(empty(i), args.share * kTile.consumers * (kWarpgroupThreads / format::kLanes));
     }
     ptx::mbarrier_init_fence();
   }
 };
 
-// One thread that asks for everything: three tensor copies a stage. What lies past the end of a tensor arrives as zeros.
-template <typename Act, int kBits, TileSm90 kTile, ScaleMode kMode>
+// Threads that ask for everything, one tensor copy a stage each; what lies past the end of a tensor arrives as zeros. One thread for
+// all three would be the bottleneck of tiles with few tokens: a copy takes it some 200 cycles to issue.
+template <typename Act, int kBits, ShapeSm90 kTile, ScaleMode kMode>
 struct ProducerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
   using Base = PipelineSm90<Act, kBits, kTile, kMode>;
   using Base::args;
   using Base::kSmem;
   using typename Base::Place;
 
-  __device__ __forceinline__ void load_weights(const BlockWork& work, int col, int stage, uint64_t policy) const {
-    const KernelArgs& g = args.gemm;
-    const uint32_t to = this->weights_at(stage), barrier = this->full(stage);
-    const int feature0 = this->feature0(work);
-    ptx::mbarrier_arrive_expect(barrier, args.stage_bytes);
-    ptx::tensor_load_3d(to, &args.weights_map, 0, col * (kSmem.tile_bytes / kMapRowBytes), feature0 / format::kTileRows,
-                        barrier, policy);
-    if (kMode == ScaleMode::kNone) return;
-    ptx::tensor_load(to + Base::kScalesOffset, &args.scales_map, feature0, col * format::kTileCols >> g.group_shift,
-                     barrier);
-  }
-
-  // The halves of the columns are shared out over the blocks of a cluster; each brings its own to all of them.
-  __device__ __forceinline__ void load_acts(const BlockWork& work, int col, int stage) const {
-    const uint32_t barrier = this->full(stage);
-    const int token = work.tile_m * kTile.block_m;
-    static_assert(Base::kCluster == 1 || Base::kCluster == kHalves);
-#pragma unroll
-    for (int i = 0; i < kHalves / Base::kCluster; ++i) {
-      const int half = this->rank + i;
-      const uint32_t to = this->acts_at(stage) + half * kTile.block_m * kSwizzleRowBytes;
-      const int column = col * format::kTileCols + half * kHalfCols;
-      if constexpr (Base::kCluster > 1) {
-        ptx::tensor_load_multicast(to, &args.acts_map, column, token, barrier, (1 << Base::kCluster) - 1);
-      } else {
-        ptx::tensor_load(to, &args.acts_map, column, token, barrier);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void run() const {
-    ptx::prefetch_map(&args.weights_map);
-    ptx::prefetch_map(&args.acts_map);
-    // weights that one row of blocks reads must not push activations out of L2
-    const uint64_t policy = args.gemm.tiles_m == 1 ? ptx::policy_evict_first() : ptx::policy_evict_normal();
-    // Weights never depend on the kernel before this one: fill the ring with them before waiting for it.
-    int ahead = 0;
-    if (this->first_item() < this->items()) {
-      const BlockWork work = this->work(this->first_item());
-      for (; ahead < kSmem.stages && work.first_col + ahead < work.last_col; ++ahead) {
-        load_weights(work, work.first_col + ahead, ahead, policy);
-      }
-    }
-    ptx::grid_dependency_wait();
-    ptx::grid_launch_dependents();
+  // Calls load(work, col, stage) for every stage of every tile of the block, when the stage is free.
+  template <typename Load>
+  __device__ __forceinline__ void for_each_stage(const Load& load) const {
     Place place{0, 1};  // a fresh barrier counts as passed: the first round does not wait
-    for (int item = this->first_item(); item < this->items(); item += this->item_step()) {
-      const BlockWork work = this->work(item);
+    const int step = ptx::num_clusters();
+    for (int tile = ptx::cluster_id(); tile < this->tiles(); tile += step) {
+      const BlockWork work = this->work(tile);
       for (int col = work.first_col; col < work.last_col; ++col) {
-        if (ahead > 0) {
-          --ahead;
-        } else {
-          ptx::mbarrier_wait(this->empty(place.stage), place.parity);
-          load_weights(work, col, place.stage, policy);
-        }
-        load_acts(work, col, place.stage);
+        ptx::mbarrier_wait(this->empty(place.stage), place.parity);
+        load(work, col, place.stage);
         place = place.next();
       }
+    }
+  }
+
+  // Weights depend on no kernel before this one, so nothing is waited for.
+  __device__ __forceinline__ void load_weights() const {
+    ptx::prefetch_map(&args.weights_map);
+    // weights that one row of blocks reads must not push activations out of L2
+    const uint64_t policy = args.gemm.tiles_m == 1 ? ptx::policy_evict_first() : ptx::policy_evict_normal();
+    for_each_stage([&](const BlockWork& work, int col, int stage) {
+      const uint32_t barrier = this->full(stage);
+      ptx::mbarrier_arrive_expect(barrier, kTile.row_tiles() * kSmem.tile_bytes);
+      ptx::tensor_load_3d(this->weights_at(stage), &args.weights_map, 0, col * (kSmem.tile_bytes / kMapRowBytes),
+                          this->feature0(work) / format::kTileRows, barrier, policy);
+    });
+  }
+
+  // Scales may be an aligned copy that the kernel before this one made.
+  __device__ __forceinline__ void load_scales() const {
+    if (kMode == ScaleMode::kNone) return;
+    ptx::prefetch_map(&args.scales_map);
+    ptx::grid_dependency_wait();
+    for_each_stage([&](const BlockWork& work, int col, int stage) {
+      const uint32_t barrier = this->full(stage);
+      ptx::mbarrier_arrive_expect(barrier, args.scales_bytes);
+      ptx::tensor_load(this->weights_at(stage) + Base::kScalesOffset, &args.scales_map, this->feature0(work),
+                       col * format::kTileCols >> args.gemm.group_shift, barrier);
+    });
+  }
+
+  // Blocks that share their activations bring each other one half of the columns each.
+  __device__ __forceinline__ void load_acts() const {
+    static_assert(kMaxShare == kHalves);
+    constexpr int kHalfBytes = kTile.block_m * kSwizzleRowBytes;
+    ptx::prefetch_map(&args.acts_map);
+    ptx::grid_dependency_wait();
+    ptx::grid_launch_dependents();
+    const uint16_t blocks = static_cast<uint16_t>(((1 << kMaxShare) - 1) << (this->split() * kMaxShare));
+    for_each_stage([&](const BlockWork& work, int col, int stage) {
+      const uint32_t to = this->acts_at(stage), barrier = this->full(stage);
+      const int token = work.tile_m * kTile.block_m, column = col * format::kTileCols;
+      ptx::mbarrier_arrive_expect(barrier, kSmem.acts_bytes);
+      if (args.share > 1) {
+        const int half = this->share_rank();
+        ptx::tensor_load_multicast(to + half * kHalfBytes, &args.acts_map, column + half * kHalfCols, token, barrier,
+                                   blocks);
+      } else {
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+          ptx::tensor_load(to + half * kHalfBytes, &args.acts_map, column + half * kHalfCols, token, barrier);
+        }
+      }
+    });
+  }
+
+  __device__ __forceinline__ void run(int warp) const {
+    if (warp == 0) {
+      load_weights();
+    } else if (warp == 1) {
+      load_acts();
+    } else if (warp == 2) {
+      load_scales();
     }
   }
 };
 
 // A warpgroup that computes kTile.panels panels.
-template <typename Act, int kBits, TileSm90 kTile, ScaleMode kMode>
+template <typename Act, int kBits, ShapeSm90 kTile, ScaleMode kMode>
 struct ConsumerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
   using Base = PipelineSm90<Act, kBits, kTile, kMode>;
   using Base::args;
@@ -155,7 +176,8 @@ struct ConsumerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
   static constexpr int kPanels = kTile.panels;
   static constexpr int kUnits = kPanels * format::kSliceSteps;
   static constexpr int kBuffers = 4;
-  static constexpr int kInFlight = kBuffers - 2;                       // besides the unit just issued
+  static constexpr int kPending = kBuffers - 2;  // units besides the one just issued
+  static_assert(kUnits % kBuffers == 0);         // so that a stage always starts with the first buffer
   static constexpr int kPlaneSteps = format::kSliceSteps * 4 / kBits;  // steps whose codes a lane gets with one load
   using Wgmma = ptx::WgmmaSp<Act, kTile.block_m>;
   using Sums = float[kPanels][kTile.block_m / 2];
@@ -204,7 +226,7 @@ struct ConsumerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
     const uint32_t at = stage + lane.scales + (row * kTile.block_n() + panel * format::kTileRows) * uint32_t{kActBytes};
     w.scales[panel] = ptx::load_shared_16(at) | ptx::load_shared_16(at + format::kHalfRows * kActBytes) << 16;
   }
-  // What is needed of a stage before its first unit.
+  // What is needed of a stage before its first group.
   __device__ __forceinline__ void load_first(Weights& w, uint32_t stage) const {
 #pragma unroll
     for (int b = 0; b < kPanels; ++b) {
@@ -229,15 +251,27 @@ struct ConsumerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
     }
     if (kMode != ScaleMode::kNone) apply_packed_scales<Act>(to, w.scales[b]);
   }
+  __device__ __forceinline__ void multiply(Sums& sums, const ptx::FragA& weights, const Weights& w, uint32_t acts,
+                                           int unit) const {
+    const int step = unit / kPanels, b = unit % kPanels;
+    constexpr int kHalfSteps = format::kSliceSteps / kHalves;
+    const uint32_t offset =
+        step / kHalfSteps * (kTile.block_m * kSwizzleRowBytes) + step % kHalfSteps * (kSwizzleRowBytes / kHalfSteps);
+    const uint64_t from = ptx::descriptor(acts + offset / kDescriptorUnit);
+    ptx::wgmma_fence();
+    // here problem space becomes instruction space: weights are the sparse operand a, activations are b
+    if (step % 2 == 0) {
+      Wgmma::template run<0>(sums[b], weights.reg, from, w.meta[b][step / 2]);
+    } else {
+      Wgmma::template run<1>(sums[b], weights.reg, from, w.meta[b][step / 2]);
+    }
+    ptx::wgmma_commit();
+  }
 
-  // This warp no longer reads the stage. Every block of the cluster writes into all of them, so all are told.
+  // This warp no longer reads the stage. Every block that shares activations writes into all of them, so all are told.
   __device__ __forceinline__ void release(int stage) const {
     const int l = threadIdx.x % format::kLanes;
-    if constexpr (Base::kCluster > 1) {
-      if (l < Base::kCluster) ptx::mbarrier_arrive_remote(this->empty(stage), l);
-    } else {
-      if (l == 0) ptx::mbarrier_arrive(this->empty(stage));
-    }
+    if (l < args.share) ptx::mbarrier_arrive_remote(this->empty(stage), this->sharer(l));
   }
 
   // sums = the product over the columns of `work`; `place` moves on by as many stages.
@@ -251,34 +285,22 @@ struct ConsumerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
     load_first(w, this->weights_at(place.stage));
     dequantize(buffers[0], w, this->weights_at(place.stage), 0);
     // Carried along, so that the compiler does not work it out again from the start of shared memory, a slow special register.
-    uint32_t low = ptx::descriptor_low(this->acts_at(place.stage));
-    int before = 0;
-    for (int col = work.first_col; col < work.last_col; ++col) {
-      const uint32_t stage = this->weights_at(place.stage);
+    uint32_t acts = ptx::descriptor_low(this->acts_at(place.stage));
+    int before = -1;  // the stage before, where there is one
+    for (int left = work.last_col - work.first_col; left > 0; --left) {
       const Place next = place.next();
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
-        const int step = u / kPanels, b = u % kPanels;
-        constexpr int kStepsPerHalf = format::kSliceSteps / kHalves;
-        const uint32_t offset = step / kStepsPerHalf * (kTile.block_m * kSwizzleRowBytes) +
-                                step % kStepsPerHalf * (kSwizzleRowBytes / kStepsPerHalf);
-        const uint64_t acts = ptx::descriptor(low + offset / kDescriptorUnit);
-        ptx::wgmma_fence();
-        // here problem space becomes instruction space: weights are the sparse operand a, activations are b
-        if (step % 2 == 0) {
-          Wgmma::template run<0>(sums[b], buffers[u % kBuffers].reg, acts, w.meta[b][step / 2]);
-        } else {
-          Wgmma::template run<1>(sums[b], buffers[u % kBuffers].reg, acts, w.meta[b][step / 2]);
-        }
-        ptx::wgmma_commit();
-        if (u + 1 < kUnits) dequantize(buffers[(u + 1) % kBuffers], w, stage, u + 1);
-        ptx::wgmma_wait<kInFlight>();
-        if (u == 1) {  // the last unit of the stage before is done
-          if (col > work.first_col) release(before);
+        multiply(sums, buffers[u % kBuffers], w, acts, u);
+        if (u + 1 < kUnits) dequantize(buffers[(u + 1) % kBuffers], w, this->weights_at(place.stage), u + 1);
+        ptx::wgmma_wait<kPending>();
+        if (u ==
+            1) {  // the last unit of the stage before is done, and with it the users of the second word of metadata
+          if (before >= 0) release(before);
 #pragma unroll
-          for (int i = 0; i < kPanels; ++i) renew(w.meta[i][1], w.next_meta[i]);
+          for (int b = 0; b < kPanels; ++b) renew(w.meta[b][1], w.next_meta[b]);
         }
-        if (u == kUnits - 1 && col + 1 < work.last_col) {
+        if (u == kUnits - 1 && left > 1) {  // the users of the first word are done
           ptx::mbarrier_wait(this->full(next.stage), next.parity);
           load_first(w, this->weights_at(next.stage));
           dequantize(buffers[0], w, this->weights_at(next.stage), 0);
@@ -286,7 +308,7 @@ struct ConsumerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
       }
       before = place.stage;
       constexpr int kStageStep = kSmem.acts_bytes / kDescriptorUnit;
-      low += next.stage == 0 ? -(kSmem.stages - 1) * kStageStep : kStageStep;
+      acts += next.stage == 0 ? -(kSmem.stages - 1) * kStageStep : kStageStep;
       place = next;
     }
     ptx::wgmma_wait<0>();

@@ -1,4 +1,4 @@
-// Instantiates the Hopper kernel for every tile of its table and every scale mode.
+// Instantiates the Hopper kernel for every shape and every scale mode.
 #pragma once
 #include <utility>
 
@@ -15,7 +15,7 @@ constexpr KernelTableSm90 fill_table_sm90(std::integer_sequence<int, kIndex...>)
 }
 template <typename Act, int kBits>
 constexpr KernelTableSm90 fill_table_sm90() {
-  return fill_table_sm90<Act, kBits>(std::make_integer_sequence<int, static_cast<int>(kTilesSm90.size())>{});
+  return fill_table_sm90<Act, kBits>(std::make_integer_sequence<int, static_cast<int>(kShapesSm90.size())>{});
 }
 
 }  // namespace sparse_marlin

@@ -9,7 +9,7 @@
 namespace sparse_marlin {
 
 using GemmKernelSm90 = void (*)(device::KernelArgsSm90);
-using KernelTableSm90 = std::array<std::array<GemmKernelSm90, kTilesSm90.size()>, kScaleModes>;
+using KernelTableSm90 = std::array<std::array<GemmKernelSm90, kShapesSm90.size()>, kScaleModes>;
 
 extern const KernelTableSm90 kKernelsSm90F16Int4;
 extern const KernelTableSm90 kKernelsSm90F16Int8;

@@ -71,15 +71,17 @@ cudaError_t allow_shared_memory(const KernelChoice& choice, int device) {
   return status;
 }
 
+// Splits whose sums go through the workspace.
+int workspace_splits(int tile, int splits) { return is_sm90(tile) ? 1 : splits; }
+
 device::KernelArgs kernel_args(const Problem& problem, const Plan& plan, const GemmParams& params) {
   device::KernelArgs args{};
   args.params = params;
   args.m = static_cast<int>(problem.m);
   args.n = static_cast<int>(problem.n);
   args.k = static_cast<int>(problem.k);
-  const int tile_n = is_sm90(plan.tile) ? block_n(plan.tile) * tile_sm90(plan.tile).cluster : block_n(plan.tile);
   args.tiles_m = (args.m + block_m(plan.tile) - 1) / block_m(plan.tile);
-  args.tiles_n = (args.n + tile_n - 1) / tile_n;
+  args.tiles_n = (args.n + tile_n(plan.tile) - 1) / tile_n(plan.tile);
   args.splits = plan.splits;
   args.num_groups = static_cast<int>(num_groups(problem.k, problem.group_size));
   args.group_size = problem.group_size;
@@ -88,9 +90,10 @@ device::KernelArgs kernel_args(const Problem& problem, const Plan& plan, const G
   args.acts_row = args.k;
   args.scales_row = args.n;
   while (1 << args.group_shift < problem.group_size) ++args.group_shift;
-  const Workspace places = workspace(problem, plan.splits);
+  const int partials = workspace_splits(plan.tile, plan.splits);
+  const Workspace places = workspace(problem, partials);
   char* base = static_cast<char*>(params.workspace);
-  if (plan.splits > 1) args.partials = reinterpret_cast<float*>(base);
+  if (partials > 1) args.partials = reinterpret_cast<float*>(base);
   if (acts_need_copy(problem)) {
     args.params.acts = base + places.acts;
     args.acts_row = static_cast<int>(aligned_row(problem.k));
@@ -119,19 +122,19 @@ cudaError_t launch_sm80(const Problem& problem, const Plan& plan, const device::
   const cudaError_t status = allow_shared_memory(choice, device);
   if (status != cudaSuccess) return status;
   return launch_dependent(choice.kernel, args, plan.grid, plan.threads, plan.smem_bytes, 1,
-                          device_properties(device).compute_capability >= kDependent, stream);
+                          plan.dependent && device_properties(device).compute_capability >= kDependent, stream);
 }
 
-cudaError_t launch_reduce(const Problem& problem, const device::KernelArgs& args, const Device& device,
-                          cudaStream_t stream) {
+cudaError_t launch_reduce(const Problem& problem, const Plan& plan, const device::KernelArgs& args,
+                          const Device& device, cudaStream_t stream) {
   const int64_t vectors = problem.m * ((problem.n + device::kVector - 1) / device::kVector);
   const int64_t blocks = (vectors + device::kReduceThreads - 1) / device::kReduceThreads;
   constexpr int kBlocksPerSm = 8;  // 2048 threads
   const int grid = static_cast<int>(std::min<int64_t>(blocks, static_cast<int64_t>(device.num_sms) * kBlocksPerSm));
   const GemmKernel kernel =
       problem.dtype == DType::kFloat16 ? device::reduce_splits<__half> : device::reduce_splits<__nv_bfloat16>;
-  return launch_dependent(kernel, args, grid, device::kReduceThreads, 0, 1, device.compute_capability >= kDependent,
-                          stream);
+  return launch_dependent(kernel, args, grid, device::kReduceThreads, 0, 1,
+                          plan.dependent && device.compute_capability >= kDependent, stream);
 }
 
 }  // namespace
@@ -160,8 +163,8 @@ std::string launch(const Problem& problem, const Plan& plan, const GemmParams& p
     status = is_sm90(plan.tile) ? launch_sm90(problem, plan, args, device, stream)
                                 : launch_sm80(problem, plan, args, device, stream);
   }
-  if (status == cudaSuccess && plan.splits > 1)
-    status = launch_reduce(problem, args, device_properties(device), stream);
+  if (status == cudaSuccess && workspace_splits(plan.tile, plan.splits) > 1)
+    status = launch_reduce(problem, plan, args, device_properties(device), stream);
   if (status == cudaSuccess) return {};
   return std::string(cudaGetErrorName(status)) + ": " + cudaGetErrorString(status);
 }

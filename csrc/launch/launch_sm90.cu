@@ -75,30 +75,30 @@ cudaError_t write_maps(device::KernelArgsSm90& args, const Problem& problem, con
                         {extent(kHalfCols), extent(box_rows)},
                         CU_TENSOR_MAP_SWIZZLE_128B};
   };
-  cudaError_t status = swizzled(g.params.acts, g.m, g.k, g.acts_row, tile.block_m).write(&args.acts_map);
+  cudaError_t status = swizzled(g.params.acts, g.m, g.k, g.acts_row, tile.size().block_m).write(&args.acts_map);
   if (status == cudaSuccess && args.out_mapped)
-    status = swizzled(g.params.out, g.m, g.n, g.n, smem.pass_tokens).write(&args.out_map);
+    status = swizzled(g.params.out, g.m, g.n, g.n, args.store_tokens).write(&args.out_map);
 
   const int tile_rows = smem.tile_bytes / kMapRowBytes;
   if (status == cudaSuccess) {
-    status = TensorMap<3>{CU_TENSOR_MAP_DATA_TYPE_INT32,
-                          g.params.weights,
-                          {size(kMapRowBytes / format::kWordBytes), size(format::col_tiles(g.k) * tile_rows),
-                           size(format::row_tiles(g.n))},
-                          {size(kMapRowBytes), size(g.params.weights_row_words * format::kWordBytes)},
-                          {extent(kMapRowBytes / format::kWordBytes), extent(tile_rows), extent(tile.row_tiles())}}
-                 .write(&args.weights_map);
+    status =
+        TensorMap<3>{CU_TENSOR_MAP_DATA_TYPE_INT32,
+                     g.params.weights,
+                     {size(kMapRowBytes / format::kWordBytes), size(format::col_tiles(g.k) * tile_rows),
+                      size(format::row_tiles(g.n))},
+                     {size(kMapRowBytes), size(g.params.weights_row_words * format::kWordBytes)},
+                     {extent(kMapRowBytes / format::kWordBytes), extent(tile_rows), extent(tile.size().row_tiles())}}
+            .write(&args.weights_map);
   }
-  args.stage_bytes = extent(smem.acts_bytes + tile.row_tiles() * smem.tile_bytes);
   if (problem.group_size == kChannelwise) return status;
   const int rows = scale_rows(problem.group_size);
-  args.stage_bytes += extent(rows * tile.block_n() * kActBytes);
+  args.scales_bytes = extent(rows * tile.size().block_n() * kActBytes);
   if (status != cudaSuccess) return status;
   return TensorMap<2>{act,
                       g.params.scales,
                       {size(g.scales_row), size(g.num_groups)},
                       {size(g.scales_row) * kActBytes},
-                      {extent(tile.block_n()), extent(rows)}}
+                      {extent(tile.size().block_n()), extent(rows)}}
       .write(&args.scales_map);
 }
 
@@ -111,13 +111,13 @@ cudaError_t launch_sm90(const Problem& problem, const Plan& plan, const device::
   static const KernelTableSm90* const tables[kTables] = {&kKernelsSm90F16Int4, &kKernelsSm90F16Int8,
                                                          &kKernelsSm90Bf16Int4, &kKernelsSm90Bf16Int8};
   const int table = (problem.dtype == DType::kFloat16 ? 0 : 2) + (problem.num_bits == 4 ? 0 : 1);
-  const int mode = static_cast<int>(scale_mode(problem.group_size)), index = plan.tile - kFirstTileSm90;
-  const GemmKernelSm90 kernel = (*tables[table])[mode][index];
-  const TileSm90& tile = kTilesSm90[index];
-  const SmemSm90 smem = smem_sm90(tile, problem.num_bits, scale_mode(problem.group_size));
+  const int mode = static_cast<int>(scale_mode(problem.group_size)), shape = tile_sm90(plan.tile).shape;
+  const GemmKernelSm90 kernel = (*tables[table])[mode][shape];
+  const TileSm90 tile = tile_sm90(plan.tile);
+  const SmemSm90 smem = smem_sm90(tile.size(), problem.num_bits, scale_mode(problem.group_size));
 
-  static std::array<std::atomic<bool>, kMaxDevices * kTables * kScaleModes * kTilesSm90.size()> allowed{};
-  auto& done = allowed[((device * kTables + table) * kScaleModes + mode) * kTilesSm90.size() + index];
+  static std::array<std::atomic<bool>, kMaxDevices * kTables * kScaleModes * kShapesSm90.size()> allowed{};
+  auto& done = allowed[((device * kTables + table) * kScaleModes + mode) * kShapesSm90.size() + shape];
   cudaError_t status = cudaSuccess;
   if (!done.load(std::memory_order_acquire)) {
     status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -128,11 +128,14 @@ cudaError_t launch_sm90(const Problem& problem, const Plan& plan, const device::
 
   device::KernelArgsSm90 args{};
   args.gemm = gemm;
-  args.out_mapped = gemm.n * kActBytes % kCopyBytes == 0 && plan.splits == 1;
+  args.out_mapped = gemm.n * kActBytes % kCopyBytes == 0;
+  args.share = tile.share;
+  args.store_tokens = plan.splits > 1 ? kChunkTokens : smem.pass_tokens;
   status = write_maps(args, problem, tile, smem);
   if (status != cudaSuccess) return status;
 
-  return launch_dependent(kernel, args, plan.grid, plan.threads, plan.smem_bytes, tile.cluster, true, stream);
+  return launch_dependent(kernel, args, plan.grid, plan.threads, plan.smem_bytes, tile.share * plan.splits,
+                          plan.dependent, stream);
 }
 
 }  // namespace sparse_marlin

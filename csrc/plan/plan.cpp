@@ -20,7 +20,8 @@ constexpr int kMinComputeCapability = 80;
 constexpr int kHopper = 90;
 constexpr int64_t kMaxGrid = 2147483647;
 constexpr int64_t kMaxWorkspaceBytes = int64_t{1} << 30;
-constexpr int kSplits[] = {1, 2, 3, 4, 6, 8, 12, 16};  // what plan() tries; plan_with_tile takes any up to the last
+constexpr int kSplits[] = {1, 2, 3, 4,  5,
+                           6, 7, 8, 12, 16};  // what plan() tries; plan_with_tile takes any up to the last
 constexpr int kMaxSplits = 16;
 constexpr int kEnoughBlocks = 8;  // blocks an SM, beyond which splitting k can only cost
 
@@ -28,18 +29,6 @@ struct Candidate {
   Plan plan;
   std::string rejected;  // why, or empty
 };
-
-// Shared by all kernels: the split and its workspace.
-void add_splits(Candidate& c, const Problem& problem, int splits) {
-  const int64_t col_tiles = format::col_tiles(problem.k);
-  c.plan.splits = splits;
-  c.plan.workspace_bytes = workspace(problem, splits).size;
-  if (splits > col_tiles) {
-    c.rejected = "more splits than 128-column tiles (" + std::to_string(col_tiles) + ")";
-  } else if (splits > 1 && c.plan.workspace_bytes > kMaxWorkspaceBytes) {
-    c.rejected = "workspace of " + std::to_string(c.plan.workspace_bytes >> 20) + " MiB";
-  }
-}
 
 void build_sm80(Candidate& c, const Problem& problem, const Device& device, int splits) {
   Plan& p = c.plan;
@@ -51,6 +40,11 @@ void build_sm80(Candidate& c, const Problem& problem, const Device& device, int 
   p.grid = tiles_m * tiles_n * splits;
   if (p.grid > kMaxGrid) {
     c.rejected = "grid of " + std::to_string(p.grid) + " blocks";
+    return;
+  }
+  p.workspace_bytes = workspace(problem, splits).size;
+  if (splits > 1 && p.workspace_bytes > kMaxWorkspaceBytes) {
+    c.rejected = "workspace of " + std::to_string(p.workspace_bytes >> 20) + " MiB";
     return;
   }
   const int rows = act_rows(tile, problem.m);
@@ -78,7 +72,8 @@ void build_sm80(Candidate& c, const Problem& problem, const Device& device, int 
 
 void build_sm90(Candidate& c, const Problem& problem, const Device& device, int splits) {
   Plan& p = c.plan;
-  const TileSm90& tile = tile_sm90(p.tile);
+  const TileSm90 tile = tile_sm90(p.tile);
+  const ShapeSm90& shape = tile.size();
   if (device.compute_capability != kHopper) {
     c.rejected = "needs compute capability 9.0";
     return;
@@ -87,22 +82,44 @@ void build_sm90(Candidate& c, const Problem& problem, const Device& device, int 
     c.rejected = "needs a build with native code for 9.0a (TORCH_CUDA_ARCH_LIST)";
     return;
   }
-  const SmemSm90 smem = smem_sm90(tile, problem.num_bits, scale_mode(problem.group_size));
-  p.threads = tile.threads();
+  const SmemSm90 smem = smem_sm90(shape, problem.num_bits, scale_mode(problem.group_size));
+  p.threads = shape.threads();
+  p.workspace_bytes = workspace(problem, 1).size;  // splits meet in shared memory
   p.num_stages = smem.stages;
   p.smem_bytes = smem.size;
-  const int cluster_n = tile.block_n() * tile.cluster;
-  const int64_t items =
-      (problem.m + tile.block_m - 1) / tile.block_m * ((problem.n + cluster_n - 1) / cluster_n) * splits;
-  p.grid = std::min<int64_t>(items, device.num_sms / tile.cluster) * tile.cluster;  // persistent
+  const int cluster = tile.share * splits;
+  if (cluster > kMaxCluster) {
+    c.rejected = "a cluster of " + std::to_string(cluster) + " blocks, at most " + std::to_string(kMaxCluster);
+    return;
+  }
+  if (splits > 1 && !shape.may_split()) {
+    c.rejected = "does not split k";
+    return;
+  }
+  if (splits > 1 && exchange_bytes(shape, splits) > smem.staging) {
+    c.rejected = "no room to exchange the sums of " + std::to_string(splits) + " splits";
+    return;
+  }
+  const int64_t tiles =
+      ((problem.m + shape.block_m - 1) / shape.block_m) * ((problem.n + tile_n(p.tile) - 1) / tile_n(p.tile));
+  // without splits a cluster walks over tiles; with them it does one, since the exchange takes the place of the stages
+  p.grid = (splits > 1 ? tiles : std::min<int64_t>(tiles, device.num_sms / cluster)) * cluster;
+  if (p.grid > kMaxGrid) {
+    c.rejected = "grid of " + std::to_string(p.grid) + " blocks";
+    return;
+  }
   p.predicted_us = predicted_us(problem, device, tile, p);
 }
 
 Candidate build(const Problem& problem, const Device& device, int tile, int splits) {
   Candidate c;
   c.plan.tile = tile;
-  add_splits(c, problem, splits);
-  if (!c.rejected.empty()) return c;
+  c.plan.splits = splits;
+  const int64_t col_tiles = format::col_tiles(problem.k);
+  if (splits > col_tiles) {
+    c.rejected = "more splits than 128-column tiles (" + std::to_string(col_tiles) + ")";
+    return c;
+  }
   if (is_sm90(tile)) {
     build_sm90(c, problem, device, splits);
   } else {
@@ -135,9 +152,9 @@ const Candidate* best(const std::vector<Candidate>& all) {
 std::string tile_text(int tile) {
   char text[96];
   if (is_sm90(tile)) {
-    const TileSm90& t = tile_sm90(tile);
-    std::snprintf(text, sizeof(text), "%3d tokens x %3d features, wgmma.sp, %d x %d panels, clusters of %d", t.block_m,
-                  t.block_n(), t.consumers, t.panels, t.cluster);
+    const ShapeSm90& t = tile_sm90(tile).size();
+    std::snprintf(text, sizeof(text), "%3d tokens x %3d features, wgmma.sp, %d x %d panels, %d share", t.block_m,
+                  t.block_n(), t.consumers, t.panels, tile_sm90(tile).share);
     return text;
   }
   const Tile& t = kTiles[tile];

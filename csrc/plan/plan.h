@@ -19,14 +19,16 @@ struct Device {
 };
 
 struct Plan {
-  int tile = -1;                // index over the tile tables: plan/tiles.h, then plan/tiles_sm90.h
-  int splits = 1;               // blocks along k that share an output tile; > 1: partial sums go to the workspace
+  int tile = -1;   // index over the tile tables: plan/tiles.h, then plan/tiles_sm90.h
+  int splits = 1;  // blocks along k that share an output tile; in the portable kernel their sums meet in the workspace
   int num_stages = 0;           // depth of the shared-memory ring
   int64_t grid = 0;             // blocks
   int threads = 0;              // a block
   int smem_bytes = 0;           // dynamic, a block
   int64_t workspace_bytes = 0;  // device memory the launch needs beside its tensors (plan/workspace.h)
   double predicted_us = 0;
+  bool dependent =
+      true;  // may start before the kernel before it has finished, where the GPU can (device/ptx/dependent_launch.cuh)
 };
 
 // Why this problem cannot run on this device (a full sentence part, e.g. "expected a GPU of compute capability 8.0 or higher, got

@@ -4,6 +4,7 @@
 //   weights   [stage] of { row tiles of packed weights | scales [rows][block_n] }
 //   staging   [consumer][token of a pass][64 features], 128-byte swizzled: the output on its way to global memory
 //   barriers  [stage] full, then [stage] empty
+// Where k is split over a cluster, its sums are exchanged in the bytes of acts and weights, once these are done with.
 #pragma once
 #include <algorithm>
 
@@ -47,7 +48,7 @@ constexpr int pass_tokens(int block_m) {
   return tokens;
 }
 
-constexpr SmemSm90 smem_sm90(const TileSm90& t, int num_bits, ScaleMode mode) {
+constexpr SmemSm90 smem_sm90(const ShapeSm90& t, int num_bits, ScaleMode mode) {
   SmemSm90 s{};
   s.acts_bytes = kHalves * t.block_m * kSwizzleRowBytes;
   s.tile_bytes = format::tile_bytes(num_bits);
@@ -65,8 +66,16 @@ constexpr SmemSm90 smem_sm90(const TileSm90& t, int num_bits, ScaleMode mode) {
   return s;
 }
 
+// Splits of k: a block gets every block's sums of the chunks it owns (device/exchange_sm90.cuh) where the stages were.
+inline constexpr int kChunkTokens = 16;
+inline constexpr int kChunkBytes = kChunkTokens * format::kTileRows * static_cast<int>(sizeof(float));
+constexpr int consumer_chunks(const ShapeSm90& t) { return t.panels * t.block_m / kChunkTokens; }
+constexpr int exchange_bytes(const ShapeSm90& t, int splits) {
+  return splits * t.consumers * ((consumer_chunks(t) + splits - 1) / splits) * kChunkBytes;
+}
+
 constexpr bool fits_sm90() {
-  for (const TileSm90& t : kTilesSm90)
+  for (const ShapeSm90& t : kShapesSm90)
     for (int bits : {4, 8})
       for (ScaleMode mode : {ScaleMode::kNone, ScaleMode::kTiles, ScaleMode::kSteps})
         if (smem_sm90(t, bits, mode).stages < 2 || smem_sm90(t, bits, mode).size > kMaxSmemSm90) return false;

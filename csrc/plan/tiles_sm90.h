@@ -3,7 +3,8 @@
 //
 // A block is one producer and `consumers` warpgroups; each of them computes `panels` panels of 64 features x block_m tokens. Many
 // features and few tokens: wgmma.sp reads its activations at the full rate of shared memory, so whatever else touches shared memory
-// costs time, and more features share one copy of the activations. The blocks of a cluster lie along features and share it further.
+// costs time, and more features share one copy of the activations. A cluster is share x splits blocks: `share` blocks along features
+// bring each other their activations, `splits` blocks along k add their sums through distributed shared memory.
 #pragma once
 #include <array>
 
@@ -13,43 +14,58 @@
 namespace sparse_marlin {
 
 inline constexpr int kWarpgroupThreads = 128;
+inline constexpr int kMaxShare = 2;
+inline constexpr int kMaxCluster = 8;
 
-struct TileSm90 {
+struct ShapeSm90 {
   int block_m;
   int consumers;
   int panels;
-  int cluster;
 
   constexpr int row_tiles() const { return consumers * panels; }  // 64-row tiles of the packed weight
   constexpr int block_n() const { return row_tiles() * format::kTileRows; }
   constexpr int threads() const { return (consumers + 1) * kWarpgroupThreads; }
+  // The largest tile is for many tokens, where nothing has to be split, and its sums leave no registers to exchange them.
+  constexpr bool may_split() const { return block_m * panels <= 256; }
   // The producer hands registers to the consumers; multiples of 8, and together no more than the block was launched with.
   constexpr int launch_registers() const { return consumers == 2 ? 168 : 96; }
   constexpr int producer_registers() const { return consumers == 4 ? 32 : block_m * panels > 256 ? 24 : 40; }
   constexpr int consumer_registers() const { return consumers == 4 ? 112 : block_m * panels > 256 ? 240 : 232; }
 };
 
-inline constexpr std::array kTilesSm90{
-    TileSm90{32, 4, 1, 2}, TileSm90{64, 4, 1, 2},  TileSm90{64, 2, 1, 2},  TileSm90{96, 4, 1, 2},
-    TileSm90{96, 2, 2, 2}, TileSm90{128, 2, 1, 2}, TileSm90{128, 2, 2, 2}, TileSm90{192, 2, 2, 2},
+// With few tokens four consumers hide each other's latency; with many, two keep more sums in registers.
+inline constexpr std::array kShapesSm90{
+    ShapeSm90{16, 4, 1}, ShapeSm90{32, 2, 1},  ShapeSm90{32, 4, 1},  ShapeSm90{64, 2, 1},  ShapeSm90{64, 4, 1},
+    ShapeSm90{96, 2, 2}, ShapeSm90{128, 2, 1}, ShapeSm90{128, 2, 2}, ShapeSm90{192, 2, 2},
 };
 
-constexpr bool valid_tile(const TileSm90& t) {
-  return t.block_m % 16 == 0 && t.block_m <= 256 && t.block_n() <= 256 && t.cluster <= 2 && t.threads() <= 1024 &&
+constexpr bool valid_shape(const ShapeSm90& t) {
+  return t.block_m % 16 == 0 && t.block_m <= 256 && t.block_n() <= 256 && t.threads() <= 1024 &&
          t.consumers * t.consumer_registers() + t.producer_registers() <= (t.consumers + 1) * t.launch_registers();
 }
-constexpr bool valid_tiles_sm90() {
-  for (const TileSm90& t : kTilesSm90)
-    if (!valid_tile(t)) return false;
+constexpr bool valid_shapes() {
+  for (const ShapeSm90& t : kShapesSm90)
+    if (!valid_shape(t)) return false;
   return true;
 }
-static_assert(valid_tiles_sm90());
+static_assert(valid_shapes());
+
+struct TileSm90 {
+  int shape;  // index into kShapesSm90: the compiled kernel
+  int share;  // 1 .. kMaxShare
+
+  constexpr const ShapeSm90& size() const { return kShapesSm90[shape]; }
+};
 
 inline constexpr int kFirstTileSm90 = static_cast<int>(kTiles.size());
-inline constexpr int kNumTiles = kFirstTileSm90 + static_cast<int>(kTilesSm90.size());
+inline constexpr int kNumTiles = kFirstTileSm90 + static_cast<int>(kShapesSm90.size()) * kMaxShare;
 constexpr bool is_sm90(int tile) { return tile >= kFirstTileSm90; }
-constexpr const TileSm90& tile_sm90(int tile) { return kTilesSm90[tile - kFirstTileSm90]; }
-constexpr int block_m(int tile) { return is_sm90(tile) ? tile_sm90(tile).block_m : kTiles[tile].block_m; }
-constexpr int block_n(int tile) { return is_sm90(tile) ? tile_sm90(tile).block_n() : kTiles[tile].block_n; }
+constexpr TileSm90 tile_sm90(int tile) {
+  return {(tile - kFirstTileSm90) / kMaxShare, (tile - kFirstTileSm90) % kMaxShare + 1};
+}
+constexpr int block_m(int tile) { return is_sm90(tile) ? tile_sm90(tile).size().block_m : kTiles[tile].block_m; }
+// Features that one block computes, and that the blocks of a tile compute together.
+constexpr int block_n(int tile) { return is_sm90(tile) ? tile_sm90(tile).size().block_n() : kTiles[tile].block_n; }
+constexpr int tile_n(int tile) { return block_n(tile) * (is_sm90(tile) ? tile_sm90(tile).share : 1); }
 
 }  // namespace sparse_marlin

@@ -52,14 +52,16 @@ struct AnyTile {
   std::string kernel;
   int block_m;
   int block_n;
-  int cluster;
+  int share;
   int threads;
 };
 
 std::vector<AnyTile> all_tiles() {
   std::vector<AnyTile> all;
   for (const Tile& t : kTiles) all.push_back({"sm80", t.block_m, t.block_n, 1, t.threads()});
-  for (const TileSm90& t : kTilesSm90) all.push_back({"sm90", t.block_m, t.block_n(), t.cluster, t.threads()});
+  for (int i = kFirstTileSm90; i < kNumTiles; ++i) {
+    all.push_back({"sm90", block_m(i), block_n(i), tile_sm90(i).share, tile_sm90(i).size().threads()});
+  }
   return all;
 }
 
@@ -151,11 +153,12 @@ void bind_structs(py::module_& m) {
       .def_readonly("workspace_bytes", &Plan::workspace_bytes)
       .def_readonly("predicted_us", &Plan::predicted_us)
       .def("__repr__", &text);
-  py::class_<AnyTile>(m, "Tile", "block_m tokens x block_n features; cluster: blocks along features launched together.")
+  py::class_<AnyTile>(m, "Tile",
+                      "block_m tokens x block_n features; share: blocks along features that share activations.")
       .def_readonly("kernel", &AnyTile::kernel)
       .def_readonly("block_m", &AnyTile::block_m)
       .def_readonly("block_n", &AnyTile::block_n)
-      .def_readonly("cluster", &AnyTile::cluster)
+      .def_readonly("share", &AnyTile::share)
       .def_readonly("threads", &AnyTile::threads);
 }
 

@@ -42,12 +42,12 @@ STABLE_TORCH_LIBRARY(sparse_marlin, m) {
   m.def(
       "sparse_marlin_gemm(Tensor a, Tensor weight_packed, Tensor scales, int group_size=128, int num_bits=4, "
       "Tensor? bias=None) -> Tensor");
-  // Not part of the contract: the same multiplication with the tile and the number of splits given, for tests and for
-  // tuning.
+  // Not part of the contract: the same multiplication with the tile and the number of splits given, and with or
+  // without dependent launch, for tests and for tuning.
   m.def(
       "_sparse_marlin_gemm_tile(Tensor a, Tensor weight_packed, Tensor scales, int group_size, int num_bits, Tensor? "
       "bias, "
-      "int tile, int splits) -> Tensor");
+      "int tile, int splits, bool dependent=True) -> Tensor");
   m.def("_cpu_isa() -> str");
 }
 

@@ -101,11 +101,14 @@ Tensor gemm_cuda_op(const Tensor& a, const Tensor& weight_packed, const Tensor& 
 }
 
 Tensor gemm_tile_cuda_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, int64_t group_size,
-                         int64_t num_bits, const std::optional<Tensor>& bias, int64_t tile, int64_t splits) {
+                         int64_t num_bits, const std::optional<Tensor>& bias, int64_t tile, int64_t splits,
+                         bool dependent) {
   const GemmCall call = gemm_call(a, weight_packed, scales, group_size, num_bits, bias);
   const DeviceGuard guard(call.out.get_device_index());
   return run_gemm(call, call.out.get_device_index(), [=](const Problem& problem, const Device& device) {
-    return plan_with_tile(problem, device, static_cast<int>(tile), static_cast<int>(splits));
+    Plan plan = plan_with_tile(problem, device, static_cast<int>(tile), static_cast<int>(splits));
+    plan.dependent = dependent;
+    return plan;
   });
 }
 

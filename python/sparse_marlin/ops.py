@@ -128,6 +128,7 @@ def _(
     bias: Tensor | None,
     tile: int,
     splits: int,
+    dependent: bool = True,
 ) -> Tensor:
     return a.new_empty(_gemm_shape(a, scales))
 

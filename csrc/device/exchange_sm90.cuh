@@ -1,0 +1,68 @@
+// Where k is split over the blocks of a cluster: the sums of a tile meet in distributed shared memory. Chunk c (16 tokens x 64
+// features of a consumer, 8 sums a thread) belongs to block c % splits, which gets every block's sums of it and adds them up in the
+// order of the splits: the same result in every run.
+#pragma once
+#include "device/mainloop_sm90.cuh"
+
+namespace sparse_marlin::device {
+
+inline constexpr int kChunkSums = kChunkBytes / kWarpgroupThreads / static_cast<int>(sizeof(float));  // of a thread
+
+template <typename Consumer, ShapeSm90 kTile>
+struct ExchangeSm90 {
+  static constexpr int kChunks = consumer_chunks(kTile);
+  static constexpr int kPanelChunks = kChunks / kTile.panels;
+  static constexpr int kVectorSums = sizeof(float4) / sizeof(float);
+  static constexpr int kVectors = kChunkSums / kVectorSums;
+  static constexpr int kVectorBytes = kChunkBytes / kVectors;  // of all threads
+  using Sums = typename Consumer::Sums;
+
+  const Consumer& consumer;
+  const int splits;
+  const uint32_t consumer_bytes;  // of the chunks that a block owns, for one consumer and split
+  const uint32_t own_place;       // of this thread, in the first chunk of the first split
+
+  static __device__ __forceinline__ ExchangeSm90 of(const Consumer& consumer, int splits) {
+    const uint32_t bytes = (kChunks + splits - 1) / splits * kChunkBytes;
+    return {consumer, splits, bytes,
+            consumer.smem + consumer.warpgroup * bytes + threadIdx.x % kWarpgroupThreads * uint32_t{sizeof(float4)}};
+  }
+  __device__ __forceinline__ uint32_t split_bytes() const { return kTile.consumers * consumer_bytes; }
+
+  __device__ __forceinline__ void send(const Sums& sums) const {
+    uint32_t at = own_place + consumer.split() * split_bytes();
+    int to = 0;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        const float* v = sums[c / kPanelChunks] + c % kPanelChunks * kChunkSums + i * kVectorSums;
+        ptx::store_remote(at + i * kVectorBytes, to * consumer.args.share + consumer.share_rank(),
+                          make_float4(v[0], v[1], v[2], v[3]));
+      }
+      if (++to == splits) {
+        to = 0;
+        at += kChunkBytes;
+      }
+    }
+  }
+
+  // total = the sums of the i-th chunk that this block owns.
+  __device__ __forceinline__ void add(float (&total)[kChunkSums], int i) const {
+#pragma unroll
+    for (float& t : total) t = 0;
+    uint32_t at = own_place + i * kChunkBytes;
+    for (int from = 0; from < splits; ++from, at += split_bytes()) {
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        const uint4 v = ptx::load_shared_v4(at + j * kVectorBytes);
+        total[j * kVectorSums] += __uint_as_float(v.x);
+        total[j * kVectorSums + 1] += __uint_as_float(v.y);
+        total[j * kVectorSums + 2] += __uint_as_float(v.z);
+        total[j * kVectorSums + 3] += __uint_as_float(v.w);
+      }
+    }
+  }
+};
+
+}  // namespace sparse_marlin::device
