@@ -26,7 +26,7 @@ constexpr double kQueuePower = 2.09;
 constexpr double kEpilogueCycles = 49;  // an element of the block's tile, for each thread and team
 constexpr double kLaunchUs = 2.5;       // launch, first bytes, last store
 constexpr double kReduceUs = 2.1;       // the second kernel of a split
-constexpr double kDependentUs = 1.1;    // what dependent launch hides of either
+constexpr double kDependentUs = 1.1;    // what dependent launch hides of the launch
 constexpr double kReduceBytesPerUsSm = 75e3;
 constexpr double kL2BytesPerUsSm = 137e3;
 constexpr double kOverlapPower = 3.4;  // between max (infinity) and sum (1) of arithmetic and bytes
@@ -88,7 +88,7 @@ double predicted_us(const Problem& problem, const Device& device, const Tile& ti
   double us = kLaunchUs - hidden + std::pow(sum, 1 / kOverlapPower);
   if (plan.splits > 1) {
     const double partial = static_cast<double>(problem.m) * problem.n * sizeof(float) * plan.splits;
-    us += kReduceUs - hidden + 2 * partial / (kReduceBytesPerUsSm * sms);
+    us += kReduceUs + 2 * partial / (kReduceBytesPerUsSm * sms);
   }
   return us;
 }
