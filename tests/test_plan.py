@@ -63,7 +63,7 @@ def test_the_plan_is_the_candidate_predicted_fastest():
     for problem in [_core.Problem(m, 6144, 4096) for m in TOKENS]:
         best = _core.plan(problem, device)
         for tile in range(len(_core.TILES)):
-            for splits in (1, 2, 3, 4, 5, 6, 7, 8, 12, 16):
+            for splits in (1, 2, 3, 4, 6, 8, 12, 16):
                 try:
                     other = _core.plan_with_tile(problem, device, tile, splits)
                 except ValueError:

@@ -23,12 +23,14 @@ constexpr double kTurnLatency = 565;   // barrier, first loads from shared memor
 constexpr double kQueueCycles = 43;    // copies of kQueueWarps warps waiting for each other, one stage ahead
 constexpr double kQueueWarps = 8;
 constexpr double kQueuePower = 2.09;
-constexpr double kEpilogueCycles = 49;  // an element of the block's tile, for each thread and team
-constexpr double kLaunchUs = 2.5;       // launch, first bytes, last store
-constexpr double kReduceUs = 2.1;       // the second kernel of a split
-constexpr double kDependentUs = 1.1;    // what dependent launch hides of the launch
+constexpr double kEpilogueCycles = 49;      // an element of the block's tile, for each thread and team
+constexpr double kLaunchUs = 2.5;           // launch, first bytes, last store
+constexpr double kReduceUs = 2.1;           // the second kernel of a split
+constexpr double kDependentUs = 1.1;        // what dependent launch hides of the launch
+constexpr double kReduceDependentUs = 3.6;  // the same where launches overlap: it keeps the next kernel waiting
 constexpr double kReduceBytesPerUsSm = 75e3;
 constexpr double kL2BytesPerUsSm = 137e3;
+constexpr double kRunBytes = 566;      // a run of so many bytes of weights takes twice as long as its bytes
 constexpr double kOverlapPower = 3.4;  // between max (infinity) and sum (1) of arithmetic and bytes
 constexpr int kSmemReserved = 1024;    // bytes a block costs beside its own
 
@@ -85,10 +87,14 @@ double predicted_us(const Problem& problem, const Device& device, const Tile& ti
   const double sum = std::pow(cycles / kCyclesPerUs, kOverlapPower) + std::pow(dram_us, kOverlapPower) +
                      std::pow(l2_us, kOverlapPower);
   const double hidden = device.compute_capability >= 90 ? kDependentUs : 0;
-  double us = kLaunchUs - hidden + std::pow(sum, 1 / kOverlapPower);
+  // short runs of weights: a block of 16 features reads 768 bytes at a time
+  const double run = static_cast<double>(std::min(tile.block_n, format::kTileRows)) / format::kSliceRows *
+                     format::slice_bytes(problem.num_bits);
+  const double scattered = 1 + std::pow(kRunBytes / run, 3);
+  double us = kLaunchUs - hidden + scattered * std::pow(sum, 1 / kOverlapPower);
   if (plan.splits > 1) {
     const double partial = static_cast<double>(problem.m) * problem.n * sizeof(float) * plan.splits;
-    us += kReduceUs + 2 * partial / (kReduceBytesPerUsSm * sms);
+    us += (hidden > 0 ? kReduceDependentUs : kReduceUs) + 2 * partial / (kReduceBytesPerUsSm * sms);
   }
   return us;
 }

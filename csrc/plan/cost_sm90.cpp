@@ -1,5 +1,5 @@
 // The cost model of the Hopper kernel, fitted to 1071 measured plans (4 weight shapes, 16 to 4096 tokens, H200; 4-bit codes, group
-// 128; docs/KERNEL_SM90.md): of these, the plan it picks is 1.4 % slower than the best one on average.
+// 128; docs/KERNEL_SM90.md): of these, the plan it picks is 1.0 % slower than the best one on average.
 //
 // Clusters walk over output tiles in rounds. A stage (one 128-column tile) takes as long as dequantizing its weights or as wgmma.sp
 // reading its activations from shared memory, whichever is longer, and somewhat more where both are near; a tile adds its
@@ -13,15 +13,16 @@
 namespace sparse_marlin {
 namespace {
 
-constexpr double kStageUs = 0.142;          // whatever the tile: barrier, first loads, first dequantization
-constexpr double kRowTileUs = 0.068;        // dequantizing 64 rows x 128 columns
-constexpr double kReadUs = 0.00112;         // wgmma.sp: a token of a row tile and stage
-constexpr double kStagePower = 3.0;         // between max (infinity) and sum (1) of the two
-constexpr double kEpilogueUs = 0.0187;      // a token of a row tile
-constexpr double kLaunchUs = 1.2;           // dependent launch, first bytes, last store
-constexpr double kExchangeUs = 1.1;         // two meetings of the cluster
-constexpr double kDramBytesPerUsSm = 37e3;  // H200; an H100 has 25e3
-constexpr double kOverlapPower = 1.8;       // of arithmetic and bytes
+constexpr double kStageUs = 0.175;            // whatever the tile: barrier, first loads, first dequantization
+constexpr double kRowTileUs = 0.0584;         // dequantizing 64 rows x 128 columns
+constexpr double kReadUs = 0.00116;           // wgmma.sp: a token of a row tile and stage
+constexpr double kStagePower = 2.8;           // between max (infinity) and sum (1) of the two
+constexpr double kEpilogueUs = 0.0158;        // a token of a row tile
+constexpr double kLaunchUs = 1.25;            // dependent launch, first bytes, last store
+constexpr double kExchangeUs = 0.2;           // of sums: the cluster meets twice,
+constexpr double kExchangeSplitUs = 0.755;    // and every split adds to what is sent and summed
+constexpr double kDramBytesPerUsSm = 24.4e3;  // H200; what a grid of few blocks gets of it
+constexpr double kOverlapPower = 3.0;         // of arithmetic and bytes
 
 double stage_us(const ShapeSm90& t) {
   const double dequantize = kStageUs + kRowTileUs * t.row_tiles();
@@ -51,7 +52,7 @@ double predicted_us(const Problem& problem, const Device& device, const TileSm90
   const double dram_us = (weights + acts_and_out) / (kDramBytesPerUsSm * device.num_sms);
   const double us =
       kLaunchUs + std::pow(std::pow(busy_us, kOverlapPower) + std::pow(dram_us, kOverlapPower), 1 / kOverlapPower);
-  return us + (plan.splits > 1 ? kExchangeUs : 0);
+  return us + (plan.splits > 1 ? kExchangeUs + kExchangeSplitUs * plan.splits : 0);
 }
 
 }  // namespace sparse_marlin

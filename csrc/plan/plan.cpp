@@ -2,6 +2,7 @@
 #include "plan/plan.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <stdexcept>
 #include <vector>
@@ -20,8 +21,9 @@ constexpr int kMinComputeCapability = 80;
 constexpr int kHopper = 90;
 constexpr int64_t kMaxGrid = 2147483647;
 constexpr int64_t kMaxWorkspaceBytes = int64_t{1} << 30;
-constexpr int kSplits[] = {1, 2, 3, 4,  5,
-                           6, 7, 8, 12, 16};  // what plan() tries; plan_with_tile takes any up to the last
+// What plan() tries; plan_with_tile takes any up to kMaxSplits. In the Hopper kernel the splits are blocks of a cluster.
+constexpr std::array kSplitsSm80{1, 2, 3, 4, 6, 8, 12, 16};
+constexpr std::array kSplitsSm90{1, 2, 3, 4, 5, 6, 7, 8};
 constexpr int kMaxSplits = 16;
 constexpr int kEnoughBlocks = 8;  // blocks an SM, beyond which splitting k can only cost
 
@@ -133,7 +135,7 @@ std::vector<Candidate> candidates(const Problem& problem, const Device& device) 
   for (int tile = 0; tile < kNumTiles; ++tile) {
     const int64_t blocks =
         ((problem.m + block_m(tile) - 1) / block_m(tile)) * ((problem.n + block_n(tile) - 1) / block_n(tile));
-    for (int splits : kSplits) {
+    for (int splits : is_sm90(tile) ? kSplitsSm90 : kSplitsSm80) {
       all.push_back(build(problem, device, tile, splits));
       if (!all.back().rejected.empty() || blocks * splits > int64_t{kEnoughBlocks} * device.num_sms) break;
     }
@@ -213,7 +215,7 @@ Plan plan_with_tile(const Problem& problem, const Device& device, int tile, int 
                                 std::to_string(splits));
   }
   Candidate chosen = build(problem, device, tile, std::max(splits, 1));
-  for (int s : kSplits) {
+  for (int s : is_sm90(tile) ? kSplitsSm90 : kSplitsSm80) {
     if (splits > 0 || !chosen.rejected.empty()) break;
     Candidate c = build(problem, device, tile, s);
     if (c.rejected.empty() && c.plan.predicted_us < chosen.plan.predicted_us) chosen = c;
