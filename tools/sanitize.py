@@ -27,8 +27,8 @@ from sparse_marlin import _core, testing
 from sparse_marlin.info import planner_device
 
 RECORD = ROOT / "benchmarks" / "results" / "sanitize.json"
-# Only our kernels are watched: torch's would take most of the time. initcheck must see what those write, too; what a tensor copy
-# (TMA) stores it does not see, so it must not look when the output is copied to the host.
+# Only our kernels are watched: torch's would take most of the time. initcheck must see what those write, too; what a
+# tensor copy (TMA) stores it does not see, so it must not look when the output is copied to the host.
 OURS = ["--kernel-name", "kns=sparse_marlin"]
 TOOLS = {
     "memcheck": OURS,
