@@ -9,7 +9,7 @@ tokens. They come in rounds of one problem for each number of tokens, the shape 
 of seconds (set-up not counted) or --problems end the run, small and large ones are represented alike.
 
 Candidates are the plans predicted within --factor of the best prediction, at most --most of them, and beside them the
-best three of either kernel that are within 3. Each is a CUDA graph of about a millisecond, its weights rotated through
+best three of every kernel that are within 3. Each is a CUDA graph of about a millisecond, its weights rotated through
 more than 250 MB (the activations are not); the graphs of a problem are replayed in turn. Where another plan seems
 better than the chosen one, both are timed again, longer, in turn, and these times count. The regret is the chosen
 plan's time over the best one's, minus 1. Outputs of all candidates of a problem are compared with the chosen plan's.
@@ -97,10 +97,6 @@ def problems(count: int) -> list[tuple[int, Shape]]:
     return [problem for one in rounds for problem in one][:count]
 
 
-def is_hopper(tile: int) -> bool:
-    return _core.TILES[tile].kernel == "sm90"
-
-
 def candidates(problem: _core.Problem, device: _core.Device, factor: float, most: int) -> list[_core.Plan]:
     """The chosen plan first."""
     chosen = _core.plan(problem, device)
@@ -114,8 +110,8 @@ def candidates(problem: _core.Problem, device: _core.Device, factor: float, most
     plans.sort(key=lambda plan: plan.predicted_us)
     taken = [plan for plan in plans if plan.predicted_us <= factor * plans[0].predicted_us][:most]
     possible = [plan for plan in plans if plan.predicted_us <= FACTOR_OF_KERNEL * plans[0].predicted_us]
-    for hopper in (False, True):
-        taken += [plan for plan in possible if is_hopper(plan.tile) == hopper][:BEST_OF_KERNEL]
+    for kernel in sorted({tile.kernel for tile in _core.TILES}):
+        taken += [plan for plan in possible if _core.TILES[plan.tile].kernel == kernel][:BEST_OF_KERNEL]
     unique = {(plan.tile, plan.splits): plan for plan in [chosen, *taken]}
     return list(unique.values())
 

@@ -17,10 +17,17 @@ pytestmark = pytest.mark.gpu
 HALVES = [torch.float16, torch.bfloat16]
 # (m, n, k, group): one tile or less, odd everything (rows of the output that no tensor copy can store, activations and
 # scales that no asynchronous copy can read), several tiles with a ragged end, a split's worth of k.
-SHAPES = [(1, 64, 128, 128), (9, 65, 132, 32), (70, 203, 1028, 64), (130, 576, 576, -1), (300, 264, 2048, 256)]
+SHAPES = [
+    (1, 64, 128, 128),
+    (9, 65, 132, 32),
+    (11, 203, 1088, 64),
+    (70, 203, 1028, 64),
+    (130, 576, 576, -1),
+    (300, 264, 2048, 256),
+]
 # Of which a tile takes those that it has the columns and the room for. In the Hopper kernel every number is another
 # cluster, with its own division of the sums.
-SPLITS = {"sm80": (1, 2, 3), "sm90": (1, 2, 3, 4, 5, 8)}
+SPLITS = {"sm80": (1, 2, 3), "sm90": (1, 2, 3, 4, 5, 8), "decode": (1,)}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -89,6 +96,8 @@ HOPPER_WAYS = [
     Way("sm90", 128, 128, 1, 5),
     Way("sm90", 128, 256, 2, 1),
     Way("sm90", 192, 256, 1, 1),
+    Way("decode", 8, 64, 1, 1),
+    Way("decode", 16, 128, 1, 1),
 ]
 
 
@@ -120,9 +129,10 @@ def test_every_tile_with_every_split(cuda, tile, num_bits, dtype):
 
 @pytest.mark.parametrize("num_bits", _core.NUM_BITS)
 @pytest.mark.parametrize("group_size", _core.GROUP_SIZES)
-def test_every_tile_reads_the_weights_it_should(cuda, group_size, num_bits):
+@pytest.mark.parametrize("k", [644, 704])
+def test_every_tile_reads_the_weights_it_should(cuda, k, group_size, num_bits):
     """One-hot tokens, coordinate codes and power-of-two scales: exact, so every tile must give the same bits."""
-    n, k, m = 150, 644, 65
+    n, m = 150, 65
     codes = smt.coordinate_codes(n, k, num_bits)
     scales = smt.group_scales(n, k, group_size, torch.float16)
     layer = Layer(4, 4)
@@ -138,11 +148,12 @@ def test_every_tile_reads_the_weights_it_should(cuda, group_size, num_bits):
 
 @pytest.mark.parametrize("num_bits", _core.NUM_BITS)
 @pytest.mark.parametrize(("n", "group_size"), [(9000, 128), (8997, 32), (9004, -1)])
-def test_clusters_that_walk_over_many_tiles(cuda, n, group_size, num_bits):
+@pytest.mark.parametrize("kernel", ["sm90", "decode"])
+def test_blocks_that_walk_over_many_tiles(cuda, kernel, n, group_size, num_bits):
     """More output tiles than the GPU holds at once: what a block leaves behind, sums, stages, staged outputs, must not
     reach its next tile. One-hot tokens again, and a bias: products are exact, with one rounding at the end."""
     need_kernel("sm90")
-    m, k = 2003, 260
+    m, k = (2003, 260) if kernel == "sm90" else (301, 320)
     codes, scales = smt.coordinate_codes(n, k, num_bits), smt.group_scales(n, k, group_size, torch.float16)
     layer = Layer(4, 4)
     layer.codes, layer.scales = codes.to(cuda), scales.to(cuda)
@@ -154,7 +165,7 @@ def test_clusters_that_walk_over_many_tiles(cuda, n, group_size, num_bits):
     weight = smt.dequantized(layer.codes, layer.scales, group_size, torch.float32)
     wanted = (weight.t()[columns.to(cuda)] + layer.bias.float()).to(torch.float16)
     for tile, splits in plans(layer, m):
-        if _core.TILES[tile].kernel == "sm90":
+        if _core.TILES[tile].kernel == kernel:
             with smt.poisoned_allocations(cuda):
                 got = run_tile(layer, a, tile, splits)
             assert_same_on_gpu(got, wanted, f"tile {tile}, splits {splits}")
@@ -235,6 +246,8 @@ def test_two_streams_at_once(cuda, m):
         (Way("sm90", 16, 256, 1, 8), Way("sm90", 64, 256, 2, 4)),
         (Way("sm90", 128, 256, 2, 1), Way("sm90", 32, 128, 2, 3)),
         (Way("sm90", 192, 256, 1, 1), Way("sm80", 64, 128, 1, 3)),
+        (Way("decode", 8, 64, 1, 1), Way("sm90", 32, 128, 1, 1)),
+        (Way("decode", 8, 128, 1, 1), Way("decode", 16, 64, 1, 1)),
     ],
     ids=str,
 )
@@ -259,7 +272,7 @@ def test_two_streams_at_once_with_clusters(cuda, first, second):
             assert_same_on_gpu(out, wanted[i], f"stream {i}, run {run}")
 
 
-# Every product is the next one's input. Neighbours of both kinds, with and without splits: those of the portable kernel
+# Every product is the next one's input. Neighbours of all kinds, with and without splits: those of the portable kernel
 # add a kernel that sums the workspace.
 CHAINS = {
     "hopper": [
@@ -274,6 +287,18 @@ CHAINS = {
         Way("sm90", 128, 256, 2, 1),
         Way("sm80", 16, 128, 1, 1),
     ],
+    "decode": [
+        Way("decode", 8, 64, 1, 1),
+        Way("sm90", 32, 128, 1, 3),
+        Way("decode", 16, 128, 1, 1),
+        Way("sm80", 8, 64, 1, 4),
+    ],
+    "decode only": [
+        Way("decode", 8, 128, 1, 1),
+        Way("decode", 16, 64, 1, 1),
+        Way("decode", 8, 64, 1, 1),
+        Way("decode", 16, 32, 1, 1),
+    ],
     "portable": [
         Way("sm80", 8, 64, 1, 4),
         Way("sm80", 32, 128, 1, 1),
@@ -281,7 +306,8 @@ CHAINS = {
         Way("sm80", 64, 64, 1, 3),
     ],
 }
-# Features between the layers. The second list makes every kernel read aligned copies of its inputs, made right before.
+# Features between the layers. The second list makes every kernel read aligned copies of its inputs, made right before;
+# it is not for the decode kernel, which takes multiples of 64 only.
 WIDTHS = [(1024, 1536, 512, 768), (1028, 1540, 516, 772)]
 
 
@@ -294,6 +320,8 @@ def test_a_chain_of_dependent_launches(cuda, chain, widths, m):
     ways = CHAINS[chain]
     for way in ways:
         need_kernel(way.kernel)
+        if way.kernel == "decode" and widths[0] % 64 != 0:
+            pytest.skip("the decode kernel takes multiples of 64 in features")
     layers = [
         Layer(widths[(i + 1) % 4], widths[i], (128, 32, -1, 64)[i], (4, 8)[i % 2], device=cuda, bias=i % 2 == 0, seed=i)
         for i in range(4)

@@ -22,7 +22,10 @@ MAY_INCLUDE = {
     "torch": {"format", "plan", "device", "cpu", "pack", "launch"},
     "python": {"format", "plan"},
 }
-PLAN_LEAVES = {"plan/tiles.h", "plan/smem.h", "plan/scale_mode.h", "plan/tiles_sm90.h", "plan/smem_sm90.h"}
+PLAN_LEAVES = {
+    f"plan/{name}.h"
+    for name in ("tiles", "smem", "scale_mode", "tiles_sm90", "smem_sm90", "tiles_decode", "smem_decode")
+}
 TORCH = re.compile(r"^(torch|ATen|c10)/")
 CUDA = re.compile(r"^(cuda|cublas|cooperative_groups|nv/|cub/)")
 

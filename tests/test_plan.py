@@ -45,10 +45,10 @@ def test_every_plan_can_run(name):
         tile = _core.TILES[plan.tile]
         text = f"{name}: {problem.m} x {problem.n} x {problem.k}, group {problem.group_size}, {problem.num_bits} bits"
         tiles = -(-problem.m // tile.block_m) * -(-problem.n // (tile.block_n * tile.share))
-        if tile.kernel == "sm90" and plan.splits == 1:  # persistent: at most what the GPU holds at once
-            tiles = min(tiles, device.num_sms // tile.share)
+        if tile.kernel != "sm80" and plan.splits == 1:  # persistent: at most what the GPU holds at once
+            tiles = min(tiles, device.num_sms * tile.blocks // tile.share)
         assert plan.grid == tiles * tile.share * plan.splits, text
-        assert tile.kernel == "sm80" or tile.share * plan.splits <= 8, text
+        assert tile.share * plan.splits <= {"sm80": 16, "sm90": 8, "decode": 1}[tile.kernel], text
         assert 1 <= plan.splits <= -(-problem.k // _core.TILE_COLS), text
         assert plan.num_stages >= 2, text
         assert plan.smem_bytes <= device.smem_per_block, text
@@ -97,11 +97,12 @@ def test_few_tokens_take_small_tiles_and_many_take_large_ones():
 
 
 def test_only_hopper_with_its_native_code_gets_the_hopper_kernel():
-    problem = _core.Problem(4096, 4096, 4096)
+    problem, few = _core.Problem(4096, 4096, 4096), _core.Problem(1, 4096, 4096)
     without = _core.Device(90, 132, 227 * KIB, 228 * KIB, 50 << 20, hopper_kernels=False)
     for name, device in {**DEVICES, "H100 without": without}.items():
-        wanted = "sm90" if name == "H100" else "sm80"
-        assert _core.TILES[_core.plan(problem, device).tile].kernel == wanted, name
+        hopper = name == "H100"
+        assert _core.TILES[_core.plan(problem, device).tile].kernel == ("sm90" if hopper else "sm80"), name
+        assert _core.TILES[_core.plan(few, device).tile].kernel == ("decode" if hopper else "sm80"), name
     assert "native code for 9.0a" in _core.explain(problem, without)
     assert "needs compute capability 9.0" in _core.explain(problem, DEVICES["A100"])
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import pytest
 from test_build import ARCHITECTURES, cuobjdump
@@ -354,14 +354,20 @@ def lines(*command: str, folder: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def cubins(tmp_path_factory) -> list[Path]:
-    """The files of device code, as they are in the extension, that hold Hopper kernels."""
+def all_cubins(tmp_path_factory) -> list[Path]:
+    """The files of device code, as they are in the extension."""
     if ARCHITECTURE not in ARCHITECTURES:
         pytest.skip(f"built without native code for {ARCHITECTURE}")
     folder = tmp_path_factory.mktemp("cubins")
     for _ in lines(cuobjdump(), "-arch", ARCHITECTURE, "-xelf", "all", LIBRARY, folder=folder):
         pass
-    return [path for path in folder.iterdir() if b"gemm_sm90" in path.read_bytes()]
+    return list(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def cubins(all_cubins) -> list[Path]:
+    """Those that hold kernels with wgmma.sp."""
+    return [path for path in all_cubins if b"gemm_sm90" in path.read_bytes()]
 
 
 @pytest.fixture(scope="module")
@@ -411,16 +417,37 @@ def test_the_check_finds_faults_in_real_code(kernels):
         assert {"metadata", "weights"} <= kinds, kernel
 
 
-def test_no_kernel_spills(cubins):
-    stacks: dict[Kernel, int] = {}
-    kernel = None
+Name = TypeVar("Name")
+
+
+def stacks_of(cubins: list[Path], name: Callable[[str], Name | None]) -> dict[Name, int]:
+    """Bytes of stack and local memory of every function that has a name."""
+    stacks: dict[Name, int] = {}
+    function = None
     for cubin in cubins:
         for line in lines(cuobjdump(), "-res-usage", str(cubin), folder=cubin.parent):
             if "Function " in line:
-                kernel = kernel_name(line)
-            elif kernel and (found := re.search(r"STACK:(\d+) .*LOCAL:(\d+)", line)):
-                stacks[kernel] = int(found[1]) + int(found[2])
+                function = name(line)
+            elif function and (found := re.search(r"STACK:(\d+) .*LOCAL:(\d+)", line)):
+                stacks[function] = int(found[1]) + int(found[2])
+    return stacks
+
+
+def test_no_kernel_spills(cubins):
+    stacks = stacks_of(cubins, kernel_name)
     assert set(stacks) == KERNELS
     limits = {kernel: STACK.get(SHAPES[kernel.shape].block_m, 0) for kernel in stacks}
     faults = [f"{kernel}: {stack} bytes of stack" for kernel, stack in stacks.items() if stack > limits[kernel]]
+    assert not faults, "\n".join(faults)
+
+
+def test_no_decode_kernel_spills(all_cubins):
+    def name(line: str) -> str | None:
+        found = re.search(r"gemm_decodeI\w+", line)
+        return found[0] if found else None
+
+    stacks = stacks_of([path for path in all_cubins if b"gemm_decode" in path.read_bytes()], name)
+    tiles = sum(tile.kernel == "decode" for tile in _core.TILES)
+    assert len(stacks) == len(ACTS) * len(_core.NUM_BITS) * tiles * SCALE_MODES
+    faults = [f"{kernel}: {stack} bytes of stack" for kernel, stack in stacks.items() if stack > 0]
     assert not faults, "\n".join(faults)

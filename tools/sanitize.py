@@ -107,7 +107,7 @@ def gemm_kernels() -> int:
     ran = set()
     all_ways = list(product(range(len(_core.TILES)), (1, 2)))
     clusters_with = ((torch.float16, 4, 128), (torch.bfloat16, 8, 32))
-    for size in ((19, 72, 260), (136, 200, 648)):
+    for size in ((19, 72, 260), (11, 72, 320), (136, 200, 648)):
         for kind in product((torch.float16, torch.bfloat16), _core.NUM_BITS, (-1, 128, 32)):
             ways = [way for way in all_ways if kind in clusters_with or not other_cluster(way)]
             ways = [way for way in ways if (kind, way) not in ran]  # the first problem that a kernel takes is enough
@@ -118,11 +118,14 @@ def gemm_kernels() -> int:
     never = set(range(len(_core.TILES))) - {tile for _, (tile, _) in ran}
     assert not never, f"no problem fits tiles {sorted(never)}"
     # More output tiles than blocks at once: a block walks on to a second one, its stages and staging bytes in use.
-    size, kind = (17, 280 * 128 + 8, 132), (torch.float16, 4, 32)
-    walks = accepted(size, kind, [(i, 1) for i, tile in enumerate(_core.TILES) if tile.kernel == "sm90"])
-    if walks:
-        multiply(size, kind, walks)
-    return len(ran) + len(walks)
+    kind = (torch.float16, 4, 32)
+    walked = 0
+    for kernel, size in (("sm90", (17, 280 * 128 + 8, 132)), ("decode", (17, 280 * 128 + 8, 192))):
+        walks = accepted(size, kind, [(i, 1) for i, tile in enumerate(_core.TILES) if tile.kernel == kernel])
+        if walks:
+            multiply(size, kind, walks)
+        walked += len(walks)
+    return len(ran) + walked
 
 
 def check(sanitizer: str, tool: str) -> dict[str, Any]:

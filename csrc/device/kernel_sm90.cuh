@@ -9,7 +9,7 @@ namespace sparse_marlin::device {
 
 // The shape goes by its index in kShapesSm90, as in kernel_sm80.cuh.
 template <typename Act, int kBits, int kShapeIndex, ScaleMode kMode>
-__global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), 1)
+__global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm90[kShapeIndex].blocks())
     gemm_sm90(const __grid_constant__ KernelArgsSm90 args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr ShapeSm90 kTile = kShapesSm90[kShapeIndex];
@@ -34,9 +34,8 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), 1)
 
   if (warpgroup == kTile.consumers) {
     ptx::registers_release<kTile.producer_registers()>();
-    if (threadIdx.x % format::kLanes == 0) {
-      Producer{pipeline}.run(threadIdx.x / format::kLanes % format::kTileSlices);
-    }
+    const int warp = __shfl_sync(~0u, threadIdx.x / format::kLanes % format::kTileSlices, 0);
+    if (ptx::elect_one()) Producer{pipeline}.run(warp);
     __syncwarp();
     if constexpr (kTile.may_split()) {
       if (splits > 1) {  // the consumers' exchange

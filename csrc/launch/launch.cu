@@ -14,9 +14,10 @@
 #include "launch/dependent_launch.cuh"
 #include "launch/kernel_table.h"
 #include "launch/launch.h"
+#include "launch/launch_decode.h"
 #include "launch/launch_sm90.h"
 #include "plan/smem.h"
-#include "plan/tiles_sm90.h"
+#include "plan/tiles_all.h"
 #include "plan/workspace.h"
 
 namespace sparse_marlin {
@@ -72,7 +73,7 @@ cudaError_t allow_shared_memory(const KernelChoice& choice, int device) {
 }
 
 // Splits whose sums go through the workspace.
-int workspace_splits(int tile, int splits) { return is_sm90(tile) ? 1 : splits; }
+int workspace_splits(int tile, int splits) { return family(tile) == Family::kSm80 ? splits : 1; }
 
 device::KernelArgs kernel_args(const Problem& problem, const Plan& plan, const GemmParams& params) {
   device::KernelArgs args{};
@@ -86,7 +87,7 @@ device::KernelArgs kernel_args(const Problem& problem, const Plan& plan, const G
   args.num_groups = static_cast<int>(num_groups(problem.k, problem.group_size));
   args.group_size = problem.group_size;
   args.num_stages = plan.num_stages;
-  if (!is_sm90(plan.tile)) args.act_rows = act_rows(kTiles[plan.tile], problem.m);
+  if (family(plan.tile) == Family::kSm80) args.act_rows = act_rows(kTiles[plan.tile], problem.m);
   args.acts_row = args.k;
   args.scales_row = args.n;
   while (1 << args.group_shift < problem.group_size) ++args.group_shift;
@@ -160,8 +161,11 @@ std::string launch(const Problem& problem, const Plan& plan, const GemmParams& p
     status = copy_aligned(params.scales, args.params.scales, groups, problem.n, device_properties(device), stream);
   }
   if (status == cudaSuccess) {
-    status = is_sm90(plan.tile) ? launch_sm90(problem, plan, args, device, stream)
-                                : launch_sm80(problem, plan, args, device, stream);
+    switch (family(plan.tile)) {
+      case Family::kSm80: status = launch_sm80(problem, plan, args, device, stream); break;
+      case Family::kSm90: status = launch_sm90(problem, plan, args, device, stream); break;
+      case Family::kDecode: status = launch_decode(problem, plan, args, device, stream); break;
+    }
   }
   if (status == cudaSuccess && workspace_splits(plan.tile, plan.splits) > 1)
     status = launch_reduce(problem, plan, args, device_properties(device), stream);

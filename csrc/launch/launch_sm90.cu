@@ -1,65 +1,19 @@
 // Starts the Hopper kernel: tensor maps, clusters, dependent launch.
 #include "launch/launch_sm90.h"
 
-#include <cuda.h>
-
 #include <array>
 #include <atomic>
 
 #include "launch/dependent_launch.cuh"
 #include "launch/kernel_table_sm90.h"
+#include "launch/tensor_map.h"
 #include "plan/smem_sm90.h"
+#include "plan/tiles_all.h"
 
 namespace sparse_marlin {
 namespace {
 
 constexpr int kMaxDevices = 64;
-
-// The driver's function, through the runtime, so that nothing links against libcuda.
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-EncodeTiled encode_tiled() {
-  static const EncodeTiled function = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-    constexpr unsigned kCudaVersion = 12000;  // where it first appeared
-    const cudaError_t status =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, kCudaVersion, cudaEnableDefault, &found);
-    return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(entry)
-                                                                         : nullptr;
-  }();
-  return function;
-}
-
-// A tensor, described innermost dimension first; strides in bytes, of all dimensions but the innermost.
-template <size_t kRank>
-struct TensorMap {
-  CUtensorMapDataType type;
-  const void* data;
-  std::array<cuuint64_t, kRank> sizes;
-  std::array<cuuint64_t, kRank - 1> strides;
-  std::array<cuuint32_t, kRank> box;
-  CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_NONE;
-
-  cudaError_t write(CUtensorMap* to) const {
-    const EncodeTiled encode = encode_tiled();
-    if (encode == nullptr) return cudaErrorCompatNotSupportedOnDevice;
-    std::array<cuuint32_t, kRank> steps;
-    steps.fill(1);
-    const CUresult result = encode(to, type, kRank, const_cast<void*>(data), sizes.data(), strides.data(), box.data(),
-                                   steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-  }
-};
-
-template <typename T>
-cuuint64_t size(T value) {
-  return static_cast<cuuint64_t>(value);
-}
-template <typename T>
-cuuint32_t extent(T value) {
-  return static_cast<cuuint32_t>(value);
-}
 
 cudaError_t write_maps(device::KernelArgsSm90& args, const Problem& problem, const TileSm90& tile,
                        const SmemSm90& smem) {

@@ -4,14 +4,15 @@
 #include <algorithm>
 #include <array>
 #include <cstdio>
+#include <span>
 #include <stdexcept>
 #include <vector>
 
 #include "plan/cost.h"
 #include "plan/smem.h"
+#include "plan/smem_decode.h"
 #include "plan/smem_sm90.h"
-#include "plan/tiles.h"
-#include "plan/tiles_sm90.h"
+#include "plan/tiles_all.h"
 #include "plan/workspace.h"
 
 namespace sparse_marlin {
@@ -22,10 +23,19 @@ constexpr int kHopper = 90;
 constexpr int64_t kMaxGrid = 2147483647;
 constexpr int64_t kMaxWorkspaceBytes = int64_t{1} << 30;
 // What plan() tries; plan_with_tile takes any up to kMaxSplits. In the Hopper kernel the splits are blocks of a cluster.
-constexpr std::array kSplitsSm80{1, 2, 3, 4, 6, 8, 12, 16};
-constexpr std::array kSplitsSm90{1, 2, 3, 4, 5, 6, 7, 8};
+constexpr int kSplitsSm80[] = {1, 2, 3, 4, 6, 8, 12, 16};
+constexpr int kSplitsSm90[] = {1, 2, 3, 4, 5, 6, 7, 8};
+constexpr int kSplitsDecode[] = {1};
 constexpr int kMaxSplits = 16;
 constexpr int kEnoughBlocks = 8;  // blocks an SM, beyond which splitting k can only cost
+
+std::span<const int> splits_of(int tile) {
+  switch (family(tile)) {
+    case Family::kSm80: return kSplitsSm80;
+    case Family::kSm90: return kSplitsSm90;
+    default: return kSplitsDecode;
+  }
+}
 
 struct Candidate {
   Plan plan;
@@ -76,14 +86,6 @@ void build_sm90(Candidate& c, const Problem& problem, const Device& device, int 
   Plan& p = c.plan;
   const TileSm90 tile = tile_sm90(p.tile);
   const ShapeSm90& shape = tile.size();
-  if (device.compute_capability != kHopper) {
-    c.rejected = "needs compute capability 9.0";
-    return;
-  }
-  if (!device.hopper_kernels) {
-    c.rejected = "needs a build with native code for 9.0a (TORCH_CUDA_ARCH_LIST)";
-    return;
-  }
   const SmemSm90 smem = smem_sm90(shape, problem.num_bits, scale_mode(problem.group_size));
   p.threads = shape.threads();
   p.workspace_bytes = workspace(problem, 1).size;  // splits meet in shared memory
@@ -105,11 +107,35 @@ void build_sm90(Candidate& c, const Problem& problem, const Device& device, int 
   const int64_t tiles =
       ((problem.m + shape.block_m - 1) / shape.block_m) * ((problem.n + tile_n(p.tile) - 1) / tile_n(p.tile));
   // without splits a cluster walks over tiles; with them it does one, since the exchange takes the place of the stages
-  p.grid = (splits > 1 ? tiles : std::min<int64_t>(tiles, device.num_sms / cluster)) * cluster;
+  p.grid = (splits > 1 ? tiles : std::min<int64_t>(tiles, device.num_sms * shape.blocks() / cluster)) * cluster;
   if (p.grid > kMaxGrid) {
     c.rejected = "grid of " + std::to_string(p.grid) + " blocks";
     return;
   }
+  p.predicted_us = predicted_us(problem, device, tile, p);
+}
+
+void build_decode(Candidate& c, const Problem& problem, const Device& device, int splits) {
+  Plan& p = c.plan;
+  const TileDecode& tile = tile_decode(p.tile);
+  if (splits > 1) {
+    c.rejected = "does not split k over blocks";
+    return;
+  }
+  if (problem.k % kDecodeColMultiple != 0) {
+    c.rejected = "needs in features that are a multiple of " + std::to_string(kDecodeColMultiple);
+    return;
+  }
+  const SmemDecode smem = decode_layout(problem, tile, device.num_sms, device.smem_per_sm);
+  if (smem.stages == 0) {
+    c.rejected = "no room for its stages";
+    return;
+  }
+  p.threads = tile.threads();
+  p.workspace_bytes = workspace(problem, 1).size;
+  p.num_stages = smem.stages;
+  p.smem_bytes = smem.size;
+  p.grid = std::min<int64_t>(tiles_decode(problem, tile), int64_t{device.num_sms} * tile.blocks);
   p.predicted_us = predicted_us(problem, device, tile, p);
 }
 
@@ -122,10 +148,18 @@ Candidate build(const Problem& problem, const Device& device, int tile, int spli
     c.rejected = "more splits than 128-column tiles (" + std::to_string(col_tiles) + ")";
     return c;
   }
-  if (is_sm90(tile)) {
-    build_sm90(c, problem, device, splits);
-  } else {
-    build_sm80(c, problem, device, splits);
+  if (family(tile) != Family::kSm80 && device.compute_capability != kHopper) {
+    c.rejected = "needs compute capability 9.0";
+    return c;
+  }
+  if (family(tile) != Family::kSm80 && !device.hopper_kernels) {
+    c.rejected = "needs a build with native code for 9.0a (TORCH_CUDA_ARCH_LIST)";
+    return c;
+  }
+  switch (family(tile)) {
+    case Family::kSm80: build_sm80(c, problem, device, splits); break;
+    case Family::kSm90: build_sm90(c, problem, device, splits); break;
+    case Family::kDecode: build_decode(c, problem, device, splits); break;
   }
   return c;
 }
@@ -135,7 +169,7 @@ std::vector<Candidate> candidates(const Problem& problem, const Device& device) 
   for (int tile = 0; tile < kNumTiles; ++tile) {
     const int64_t blocks =
         ((problem.m + block_m(tile) - 1) / block_m(tile)) * ((problem.n + block_n(tile) - 1) / block_n(tile));
-    for (int splits : is_sm90(tile) ? kSplitsSm90 : kSplitsSm80) {
+    for (int splits : splits_of(tile)) {
       all.push_back(build(problem, device, tile, splits));
       if (!all.back().rejected.empty() || blocks * splits > int64_t{kEnoughBlocks} * device.num_sms) break;
     }
@@ -153,7 +187,13 @@ const Candidate* best(const std::vector<Candidate>& all) {
 
 std::string tile_text(int tile) {
   char text[96];
-  if (is_sm90(tile)) {
+  if (family(tile) == Family::kDecode) {
+    const TileDecode& t = tile_decode(tile);
+    std::snprintf(text, sizeof(text), "%3d tokens x %3d features, decode, warps %d x %d along k", t.block_m,
+                  t.block_n(), t.warps_n, t.warps_k);
+    return text;
+  }
+  if (family(tile) == Family::kSm90) {
     const ShapeSm90& t = tile_sm90(tile).size();
     std::snprintf(text, sizeof(text), "%3d tokens x %3d features, wgmma.sp, %d x %d panels, %d share", t.block_m,
                   t.block_n(), t.consumers, t.panels, tile_sm90(tile).share);
@@ -215,7 +255,7 @@ Plan plan_with_tile(const Problem& problem, const Device& device, int tile, int 
                                 std::to_string(splits));
   }
   Candidate chosen = build(problem, device, tile, std::max(splits, 1));
-  for (int s : is_sm90(tile) ? kSplitsSm90 : kSplitsSm80) {
+  for (int s : splits_of(tile)) {
     if (splits > 0 || !chosen.rejected.empty()) break;
     Candidate c = build(problem, device, tile, s);
     if (c.rejected.empty() && c.plan.predicted_us < chosen.plan.predicted_us) chosen = c;

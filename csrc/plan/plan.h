@@ -19,7 +19,7 @@ struct Device {
 };
 
 struct Plan {
-  int tile = -1;   // index over the tile tables: plan/tiles.h, then plan/tiles_sm90.h
+  int tile = -1;   // number of the tile (plan/tiles_all.h)
   int splits = 1;  // blocks along k that share an output tile; in the portable kernel their sums meet in the workspace
   int num_stages = 0;           // depth of the shared-memory ring
   int64_t grid = 0;             // blocks

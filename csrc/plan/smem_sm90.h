@@ -48,6 +48,9 @@ constexpr int pass_tokens(int block_m) {
   return tokens;
 }
 
+// An SM of compute capability 9.0 has 228 KB, of which the system takes 1 KB for each block.
+constexpr int max_smem(const ShapeSm90& t) { return t.blocks() == 1 ? kMaxSmemSm90 : (228 << 10) / t.blocks() - 1024; }
+
 constexpr SmemSm90 smem_sm90(const ShapeSm90& t, int num_bits, ScaleMode mode) {
   SmemSm90 s{};
   s.acts_bytes = kHalves * t.block_m * kSwizzleRowBytes;
@@ -57,7 +60,7 @@ constexpr SmemSm90 smem_sm90(const ShapeSm90& t, int num_bits, ScaleMode mode) {
   s.pass_tokens = pass_tokens(t.block_m);
   s.staging_bytes = s.pass_tokens * kSwizzleRowBytes;
   const int fixed = t.consumers * s.staging_bytes + 2 * kMaxStagesSm90 * kBarrierBytes + 2 * kSwizzleAlign;
-  s.stages = std::min(kMaxStagesSm90, (kMaxSmemSm90 - fixed) / (s.acts_bytes + s.weights_bytes));
+  s.stages = std::min(kMaxStagesSm90, (max_smem(t) - fixed) / (s.acts_bytes + s.weights_bytes));
   s.weights = s.stages * s.acts_bytes;
   s.staging = round_up(s.weights + s.stages * s.weights_bytes, kSwizzleAlign);
   s.full = s.staging + t.consumers * s.staging_bytes;
@@ -78,7 +81,7 @@ constexpr bool fits_sm90() {
   for (const ShapeSm90& t : kShapesSm90)
     for (int bits : {4, 8})
       for (ScaleMode mode : {ScaleMode::kNone, ScaleMode::kTiles, ScaleMode::kSteps})
-        if (smem_sm90(t, bits, mode).stages < 2 || smem_sm90(t, bits, mode).size > kMaxSmemSm90) return false;
+        if (smem_sm90(t, bits, mode).stages < 2 || smem_sm90(t, bits, mode).size > max_smem(t)) return false;
   return true;
 }
 static_assert(fits_sm90());

@@ -1,5 +1,5 @@
 // The tiles of the Hopper kernel (wgmma.sp, compute capability 9.0): the only list of them. Plans number the tiles of all kernels
-// through: first those of plan/tiles.h, then these.
+// through: first those of plan/tiles.h, then these (plan/tiles_all.h).
 //
 // A block is one producer and `consumers` warpgroups; each of them computes `panels` panels of 64 features x block_m tokens. Many
 // features and few tokens: wgmma.sp reads its activations at the full rate of shared memory, so whatever else touches shared memory
@@ -27,10 +27,16 @@ struct ShapeSm90 {
   constexpr int threads() const { return (consumers + 1) * kWarpgroupThreads; }
   // The largest tile is for many tokens, where nothing has to be split, and its sums leave no registers to exchange them.
   constexpr bool may_split() const { return block_m * panels <= 256; }
+  // Blocks that an SM holds at once. Two of the small ones: the next launch can then start before this one has finished.
+  constexpr int blocks() const { return consumers == 2 && panels == 1 && block_m <= 64 ? 2 : 1; }
   // The producer hands registers to the consumers; multiples of 8, and together no more than the block was launched with.
-  constexpr int launch_registers() const { return consumers == 2 ? 168 : 96; }
-  constexpr int producer_registers() const { return consumers == 4 ? 32 : block_m * panels > 256 ? 24 : 40; }
-  constexpr int consumer_registers() const { return consumers == 4 ? 112 : block_m * panels > 256 ? 240 : 232; }
+  constexpr int launch_registers() const { return blocks() == 2 ? 80 : consumers == 2 ? 168 : 96; }
+  constexpr int producer_registers() const {
+    return blocks() == 2 ? 24 : consumers == 4 ? 32 : block_m * panels > 256 ? 24 : 40;
+  }
+  constexpr int consumer_registers() const {
+    return blocks() == 2 ? 104 : consumers == 4 ? 112 : block_m * panels > 256 ? 240 : 232;
+  }
 };
 
 // With few tokens four consumers hide each other's latency; with many, two keep more sums in registers.
@@ -56,16 +62,5 @@ struct TileSm90 {
 
   constexpr const ShapeSm90& size() const { return kShapesSm90[shape]; }
 };
-
-inline constexpr int kFirstTileSm90 = static_cast<int>(kTiles.size());
-inline constexpr int kNumTiles = kFirstTileSm90 + static_cast<int>(kShapesSm90.size()) * kMaxShare;
-constexpr bool is_sm90(int tile) { return tile >= kFirstTileSm90; }
-constexpr TileSm90 tile_sm90(int tile) {
-  return {(tile - kFirstTileSm90) / kMaxShare, (tile - kFirstTileSm90) % kMaxShare + 1};
-}
-constexpr int block_m(int tile) { return is_sm90(tile) ? tile_sm90(tile).size().block_m : kTiles[tile].block_m; }
-// Features that one block computes, and that the blocks of a tile compute together.
-constexpr int block_n(int tile) { return is_sm90(tile) ? tile_sm90(tile).size().block_n() : kTiles[tile].block_n; }
-constexpr int tile_n(int tile) { return block_n(tile) * (is_sm90(tile) ? tile_sm90(tile).share : 1); }
 
 }  // namespace sparse_marlin

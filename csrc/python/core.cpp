@@ -9,7 +9,7 @@
 #include "format/problem.h"
 #include "plan/plan.h"
 #include "plan/tiles.h"
-#include "plan/tiles_sm90.h"
+#include "plan/tiles_all.h"
 
 namespace py = pybind11;
 using namespace sparse_marlin;
@@ -47,21 +47,20 @@ int dtype_index(const std::string& name) {
   throw py::value_error("Problem: dtype: expected float32, float16 or bfloat16, got " + name);
 }
 
-// A tile of either kernel, as Python sees it.
+// A tile of any kernel, as Python sees it.
 struct AnyTile {
   std::string kernel;
   int block_m;
   int block_n;
   int share;
   int threads;
+  int blocks;
 };
 
 std::vector<AnyTile> all_tiles() {
   std::vector<AnyTile> all;
-  for (const Tile& t : kTiles) all.push_back({"sm80", t.block_m, t.block_n, 1, t.threads()});
-  for (int i = kFirstTileSm90; i < kNumTiles; ++i) {
-    all.push_back({"sm90", block_m(i), block_n(i), tile_sm90(i).share, tile_sm90(i).size().threads()});
-  }
+  for (int i = 0; i < kNumTiles; ++i)
+    all.push_back({family_name(family(i)), block_m(i), block_n(i), share(i), threads(i), blocks(i)});
   return all;
 }
 
@@ -154,12 +153,14 @@ void bind_structs(py::module_& m) {
       .def_readonly("predicted_us", &Plan::predicted_us)
       .def("__repr__", &text);
   py::class_<AnyTile>(m, "Tile",
-                      "block_m tokens x block_n features; share: blocks along features that share activations.")
+                      "block_m tokens x block_n features; share: blocks along features that share activations; blocks: "
+                      "that an SM may hold at once.")
       .def_readonly("kernel", &AnyTile::kernel)
       .def_readonly("block_m", &AnyTile::block_m)
       .def_readonly("block_n", &AnyTile::block_n)
       .def_readonly("share", &AnyTile::share)
-      .def_readonly("threads", &AnyTile::threads);
+      .def_readonly("threads", &AnyTile::threads)
+      .def_readonly("blocks", &AnyTile::blocks);
 }
 
 void bind_planner(py::module_& m) {

@@ -1,5 +1,5 @@
-// Bulk tensor copies (PTX ISA, "cp.async.bulk.tensor"): one thread moves a box of a tensor, which a map describes, between global
-// and shared memory.
+// Bulk copies (PTX ISA, "cp.async.bulk" and "cp.async.bulk.tensor"): one thread moves a run of bytes, or a box of a tensor that a map
+// describes, between global and shared memory.
 #pragma once
 #include <cuda.h>
 
@@ -7,6 +7,15 @@
 
 namespace sparse_marlin::ptx {
 
+// A run of bytes, a multiple of 16 that starts at one, with an L2 policy. Bytes count towards `barrier`.
+__device__ __forceinline__ void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t barrier,
+                                          uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(dst),
+      "l"(src), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
 // The box at (x, y) of a matrix; what lies outside the matrix arrives as zeros. Bytes count towards `barrier`.
 __device__ __forceinline__ void tensor_load(uint32_t dst, const CUtensorMap* map, int x, int y, uint32_t barrier) {
   asm volatile(
@@ -31,6 +40,14 @@ __device__ __forceinline__ void tensor_load_3d(uint32_t dst, const CUtensorMap* 
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(dst),
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "l"(policy)
+      : "memory");
+}
+__device__ __forceinline__ void tensor_load_3d(uint32_t dst, const CUtensorMap* map, int x, int y, int z,
+                                               uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
+          "r"(dst),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
       : "memory");
 }
 // Shared memory to the box at (x, y); what lies outside the matrix is not written.

@@ -29,6 +29,14 @@ __device__ __forceinline__ void registers_acquire() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// True in one thread of the warp. The compiler knows that what depends on it runs once, and puts the operands of copies straight into
+// uniform registers; for a comparison with the lane's number it writes a loop over the threads that might be there.
+__device__ __forceinline__ bool elect_one() {
+  uint32_t elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+  return elected != 0;
+}
+
 __device__ __forceinline__ int cluster_block() {  // of this block in its cluster
   int rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));

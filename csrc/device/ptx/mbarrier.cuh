@@ -15,6 +15,9 @@ __device__ __forceinline__ void mbarrier_init_fence() {
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
 // On the barrier at the same address in another block of the cluster. Without .release.cluster, which stalls the warp for
 // hundreds of cycles: use it only where nothing but finished reads precedes it.
 __device__ __forceinline__ void mbarrier_arrive_remote(uint32_t barrier, uint32_t block) {

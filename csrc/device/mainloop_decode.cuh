@@ -1,0 +1,338 @@
+// The main loop of the decode kernel: few tokens, so what counts is that the weights never stop coming.
+//
+// Every warp streams its own weights: it keeps a ring of stages full by bulk copies, over the ends of output tiles too, and refills a
+// stage as soon as it has used it. Nobody else touches the ring, so a warp waits for nothing but its own bytes. Activations and
+// scales are shared; one more warp brings them. The product is computed as in the portable kernel (mainloop_sm80.cuh), the scale of a
+// group multiplying its float32 sums.
+#pragma once
+#include "device/dequant.cuh"
+#include "device/kernel_args_decode.cuh"
+#include "device/ptx/bulk_copy.cuh"
+#include "device/ptx/cp_async.cuh"
+#include "device/ptx/dependent_launch.cuh"
+#include "device/ptx/hopper.cuh"
+#include "device/ptx/mbarrier.cuh"
+#include "device/ptx/mma_sp.cuh"
+#include "device/scheduler.cuh"
+
+namespace sparse_marlin::device {
+
+// Where the next stage or chunk of a ring lies, and its barrier; the parity of the phase flips with every round.
+struct RingPlace {
+  uint32_t at;
+  uint32_t barrier;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance(uint32_t bytes, uint32_t start, uint32_t first_barrier, int count) {
+    at += bytes;
+    barrier += kBarrierBytes;
+    if (barrier == first_barrier + count * kBarrierBytes) {
+      at = start;
+      barrier = first_barrier;
+      parity ^= 1;
+    }
+  }
+};
+
+// Where things lie, and which output tiles the block works on.
+template <TileDecode kTile, ScaleMode kMode>
+struct DecodePlaces {
+  static constexpr bool kScaled = kMode != ScaleMode::kNone;
+  const KernelArgsDecode& args;
+  const uint32_t smem;  // 1024-byte aligned
+
+  __device__ __forceinline__ BlockWork work(int tile) const {
+    return block_work(tile, args.gemm.tiles_m, args.gemm.tiles_n, 1, args.cols);
+  }
+  __device__ __forceinline__ RingPlace first_chunk() const { return {smem, smem + args.smem.chunk_full}; }
+  __device__ __forceinline__ void advance(RingPlace& chunk) const {
+    chunk.advance(args.smem.chunk_bytes, smem, smem + args.smem.chunk_full, args.smem.chunks);
+  }
+  // Of the chunk whose `full` barrier is given.
+  __device__ __forceinline__ uint32_t empty(uint32_t full) const { return full + args.smem.chunks * kBarrierBytes; }
+
+  __device__ __forceinline__ void init_chunk_barriers() const {
+    for (int i = 0; i < args.smem.chunks; ++i) {
+      const uint32_t full = smem + args.smem.chunk_full + i * kBarrierBytes;
+      ptx::mbarrier_init(full, 1);
+      ptx::mbarrier_init(empty(full), kTile.warps());
+    }
+    ptx::mbarrier_init_fence();
+  }
+};
+
+// One thread that brings what the warps share, a chunk at a time.
+template <TileDecode kTile, ScaleMode kMode>
+struct DecodeLoader : DecodePlaces<kTile, kMode> {
+  using Base = DecodePlaces<kTile, kMode>;
+  using Base::args;
+
+  __device__ __forceinline__ void run() const {
+    ptx::prefetch_map(&args.acts_map);
+    if (Base::kScaled) ptx::prefetch_map(&args.scales_map);
+    ptx::grid_dependency_wait();
+    ptx::grid_launch_dependents();
+    RingPlace chunk = this->first_chunk();
+    for (int tile = blockIdx.x; tile < args.tiles; tile += gridDim.x) {
+      const BlockWork work = this->work(tile);
+      const int token0 = work.tile_m * kTile.block_m, feature0 = work.tile_n * kTile.block_n();
+      int col = 0;
+      for (int i = args.turns * kTile.turn_cols; i > 0; --i, col += kTile.warps_k) {
+        ptx::mbarrier_wait(this->empty(chunk.barrier), chunk.parity ^ 1);  // a fresh barrier counts as passed
+        // boxes are always whole: what is past the end arrives as zeros
+        ptx::mbarrier_arrive_expect(chunk.barrier, args.smem.copied_bytes);
+        ptx::tensor_load_3d(chunk.at, &args.acts_map, 0, token0, col * kHalves, chunk.barrier);
+        if (Base::kScaled) {
+          ptx::tensor_load(chunk.at + args.smem.scales, &args.scales_map, feature0,
+                           col * format::kTileCols >> args.gemm.group_shift, chunk.barrier);
+        }
+        this->advance(chunk);
+      }
+    }
+  }
+};
+
+// A warp that computes.
+template <typename Act, int kBits, TileDecode kTile, ScaleMode kMode>
+struct DecodeWarp : DecodePlaces<kTile, kMode> {
+  using Base = DecodePlaces<kTile, kMode>;
+  using Base::args;
+  using Base::kScaled;
+  static constexpr int kSlices = kTile.slices;
+  static constexpr int kBlocks = kTile.token_blocks();
+  static constexpr int kSliceBytes = format::slice_bytes(kBits);
+  static constexpr int kCols = kTile.turn_cols;
+  static constexpr int kColBytes = kSlices * kSliceBytes;
+  static constexpr int kStageBytes = kCols * kColBytes;
+  // Column tiles multiplied side by side, as far as the sums of their groups fit the registers.
+  static constexpr int kTogether = kCols * kSlices * kTile.token_blocks() <= 4 ? kCols : 1;
+  static constexpr int kPlaneSteps = format::kSliceSteps * 4 / kBits;  // steps whose codes a lane gets with one load
+  using Codes = Dequant<Act, kBits>;
+  struct Sums {
+    ptx::FragD d[kSlices][kBlocks];
+  };
+
+  const int lane;
+  const int warp_n;
+  const int warp_k;
+  const uint32_t ring;     // the warp's stages
+  const uint32_t arrived;  // and their barriers
+  const uint64_t policy;
+
+  // --- the stream of weights ---------------------------------------------------------------------------------------------
+  struct Stream {
+    const char* from;  // the warp's slices in the first column tile of the output tile's rows
+    int col;           // the warp's next column tile
+    int left;          // turns
+    int tile;          // output tile
+  };
+
+  __device__ __forceinline__ const char* weights_of(int tile) const {
+    const GemmParams& p = args.gemm.params;
+    const int row = this->work(tile).tile_n * kTile.block_n() + warp_n * kSlices * format::kSliceRows;
+    // rows past the last tile exist nowhere: read the last one again, the sums are never stored
+    const int row_tile = min(row / format::kTileRows, static_cast<int>(format::row_tiles(args.gemm.n)) - 1);
+    return reinterpret_cast<const char*>(p.weights) + row_tile * p.weights_row_words * format::kWordBytes +
+           row % format::kTileRows / format::kSliceRows * kSliceBytes;
+  }
+  __device__ __forceinline__ void ask(Stream& s, uint32_t stage, uint32_t barrier) const {
+    if (s.tile >= args.tiles) return;
+    if (ptx::elect_one()) {
+      ptx::mbarrier_arrive_expect(barrier, kStageBytes);
+#pragma unroll
+      for (int j = 0; j < kCols; ++j) {
+        // column tiles past the end: the last one again, times zero activations
+        const int col = min(s.col + j * kTile.warps_k, args.cols - 1);
+        ptx::bulk_load(stage + j * kColBytes, s.from + static_cast<int64_t>(col) * format::tile_bytes(kBits), kColBytes,
+                       barrier, policy);
+      }
+    }
+    s.col += kCols * kTile.warps_k;
+    if (--s.left == 0) {
+      s.col = warp_k;
+      s.left = args.turns;
+      s.tile += gridDim.x;
+      if (s.tile < args.tiles) s.from = weights_of(s.tile);
+    }
+  }
+  __device__ __forceinline__ RingPlace first_stage() const { return {ring, arrived}; }
+  __device__ __forceinline__ void advance_stage(RingPlace& stage) const {
+    stage.advance(kStageBytes, ring, arrived, args.smem.stages);
+  }
+  // The ring's barriers, and its first bytes. Weights depend on no kernel before this one.
+  __device__ __forceinline__ Stream start() const {
+    if (lane < args.smem.stages) ptx::mbarrier_init(arrived + lane * kBarrierBytes, 1);
+    ptx::mbarrier_init_fence();
+    __syncwarp();
+    const int tile = blockIdx.x;
+    Stream s{weights_of(tile), warp_k, args.turns, tile};
+    RingPlace stage = first_stage();
+    for (int i = 0; i < args.smem.stages; ++i) {
+      ask(s, stage.at, stage.barrier);
+      advance_stage(stage);
+    }
+    return s;
+  }
+
+  // --- column tiles ------------------------------------------------------------------------------------------------------
+  struct Places {    // of this lane
+    uint32_t codes;  // bytes from the start of a stage
+    uint32_t meta;
+    uint32_t tokens[kHalves][kBlocks];  // bytes from the start of a chunk
+    uint32_t scales;
+  };
+  __device__ __forceinline__ Places places() const {
+    Places p;
+    p.codes = lane * uint32_t{sizeof(uint4)};
+    p.meta = format::slice_code_words(kBits) * format::kWordBytes + lane * uint32_t{sizeof(uint2)};
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h) {
+#pragma unroll
+      for (int q = 0; q < kBlocks; ++q) {
+        // tokens that do not exist have no row: read the last one again, the product is never stored
+        const int token = min(q * kMmaTokens + lane % kMmaTokens, args.smem.rows - 1);
+        const int row = (warp_k * kHalves + h) * args.smem.rows + token;
+        // 16-byte piece j of row r of a 128-byte swizzled box lies at j ^ (r % 8); a lane begins with piece lane / 8
+        p.tokens[h][q] = row * kSwizzleRowBytes + ((lane / kMmaTokens) ^ (row % kMmaTokens)) * kCopyBytes;
+      }
+    }
+    p.scales = args.smem.scales + (warp_n * kSlices * format::kSliceRows + lane / format::kLanesPerRow) * kActBytes;
+    p.scales += (warp_k * format::kTileCols >> args.gemm.group_shift) * kTile.block_n() * kActBytes;
+    // keep them: the compiler would work them out again for every turn
+    asm volatile("" : "+r"(p.codes), "+r"(p.meta), "+r"(p.scales), "+r"(p.tokens[0][0]), "+r"(p.tokens[1][0]));
+    return p;
+  }
+
+  // sums += the sums of a group times its scales, loaded while the MMAs of the group run; for `count` slices.
+  __device__ __forceinline__ void add_scaled(Sums& sums, const Sums& group, uint32_t scales, int step, int first,
+                                             int count) const {
+    const int row = kMode == ScaleMode::kTiles ? 0 : step * format::kStepCols >> args.gemm.group_shift;
+    const uint32_t from = scales + row * kTile.block_n() * kActBytes;
+#pragma unroll
+    for (int s = first; s < first + count; ++s) {
+      const uint32_t at = from + s * format::kSliceRows * kActBytes;
+      const float a = Pair<Act>::to_float(ptx::load_shared_16(at));
+      const float b = Pair<Act>::to_float(ptx::load_shared_16(at + format::kHalfRows * kActBytes));
+#pragma unroll
+      for (int q = 0; q < kBlocks; ++q) {
+        float(&to)[4] = sums.d[s][q].reg;
+        const float(&from_group)[4] = group.d[s][q].reg;
+        to[0] += a * from_group[0];
+        to[1] += a * from_group[1];
+        to[2] += b * from_group[2];
+        to[3] += b * from_group[3];
+      }
+    }
+  }
+  static __device__ __forceinline__ ptx::FragA dequantize(const uint4& v, int step) {
+    if constexpr (kBits == 4) {
+      const uint32_t words[1] = {step == 0 ? v.x : step == 1 ? v.y : step == 2 ? v.z : v.w};
+      return Codes::run(words);
+    } else {
+      const uint32_t words[2] = {step % 2 == 0 ? v.x : v.z, step % 2 == 0 ? v.y : v.w};
+      return Codes::run(words);
+    }
+  }
+
+  struct Tile {            // of one column tile, in registers
+    uint4 codes[kSlices];  // of the steps of one plane
+    uint2 meta[kSlices];
+  };
+  __device__ __forceinline__ void load_codes(Tile& t, uint32_t from, const Places& places, int plane) const {
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) {
+      t.codes[s] =
+          ptx::load_shared_v4(from + places.codes + s * kSliceBytes + plane * format::kLanes * uint32_t{sizeof(uint4)});
+    }
+  }
+  __device__ __forceinline__ void load_tile(Tile& t, uint32_t from, const Places& places) const {
+    load_codes(t, from, places, 0);
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) t.meta[s] = ptx::load_shared_v2(from + places.meta + s * kSliceBytes);
+  }
+
+  // sums += kTogether column tiles, whose weights begin at `weights` and whose activations and scales are in `chunks`.
+  __device__ __forceinline__ void multiply(Sums& sums, uint32_t weights, const uint32_t (&chunks)[kTogether],
+                                           const Places& places) const {
+    Tile tiles[kTogether];
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) load_tile(tiles[j], weights + j * kColBytes, places);
+    Sums groups[kTogether] = {};
+#pragma unroll
+    for (int step = 0; step < format::kSliceSteps; ++step) {
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        constexpr int kHalfSteps = format::kSliceSteps / kHalves;
+        if (step > 0 && step % kPlaneSteps == 0)
+          load_codes(tiles[j], weights + j * kColBytes, places, step / kPlaneSteps);
+        ptx::FragB x[kBlocks];
+#pragma unroll
+        for (int q = 0; q < kBlocks; ++q) {
+          // an odd step begins with piece 4 of 8: the swizzle keeps that bit apart
+          const uint32_t at =
+              places.tokens[step / kHalfSteps][q] ^ (step % kHalfSteps * (kSwizzleRowBytes / kHalfSteps));
+          x[q] = ptx::ldmatrix_x4(chunks[j] + at);
+        }
+#pragma unroll
+        for (int s = 0; s < kSlices; ++s) {
+          const ptx::FragA w = dequantize(tiles[j].codes[s], step);
+          const uint32_t e = step < 2 ? tiles[j].meta[s].x : tiles[j].meta[s].y;
+#pragma unroll
+          for (int q = 0; q < kBlocks; ++q) {
+            // here problem space becomes instruction space: weights are the sparse operand a, activations are b
+            ptx::FragD& d = kScaled ? groups[j].d[s][q] : sums.d[s][q];
+            if (kMode == ScaleMode::kSteps) d = {};
+            if (step % 2 == 0) {
+              ptx::mma_sp<Act, 0>(d, w, x[q], e);
+            } else {
+              ptx::mma_sp<Act, 1>(d, w, x[q], e);
+            }
+          }
+          constexpr int kPair = kSlices > 1 ? 2 : 1;  // as many as the registers hold
+          if (kMode == ScaleMode::kSteps && s % kPair == kPair - 1) {
+            add_scaled(sums, groups[j], chunks[j] + places.scales, step, s - s % kPair, kPair);
+          }
+        }
+      }
+    }
+    if (kMode == ScaleMode::kTiles) {
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) add_scaled(sums, groups[j], chunks[j] + places.scales, 0, 0, kSlices);
+    }
+  }
+
+  // What a warp carries from tile to tile.
+  struct State {
+    Stream stream;
+    RingPlace stage, chunk;
+  };
+
+  // sums = this warp's share of the product of an output tile.
+  __device__ __forceinline__ void run(Sums& sums, State& state, const Places& places) const {
+    sums = {};
+    for (int turn = args.turns; turn > 0; --turn) {
+      ptx::mbarrier_wait(state.stage.barrier, state.stage.parity);
+#pragma unroll
+      for (int j = 0; j < kCols; j += kTogether) {
+        uint32_t chunks[kTogether], empty[kTogether];
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          chunks[i] = state.chunk.at;
+          empty[i] = this->empty(state.chunk.barrier);
+          ptx::mbarrier_wait(state.chunk.barrier, state.chunk.parity);
+          this->advance(state.chunk);
+        }
+        multiply(sums, state.stage.at + j * kColBytes, chunks, places);
+        __syncwarp();
+        if (ptx::elect_one()) {
+#pragma unroll
+          for (int i = 0; i < kTogether; ++i) ptx::mbarrier_arrive(empty[i]);
+        }
+      }
+      // All loads from the stage have returned, since the MMAs that were issued above needed them.
+      ask(state.stream, state.stage.at, state.stage.barrier);
+      advance_stage(state.stage);
+    }
+  }
+};
+
+}  // namespace sparse_marlin::device

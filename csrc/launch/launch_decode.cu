@@ -1,0 +1,74 @@
+// Starts the decode kernel: tensor maps, shared memory, dependent launch.
+#include "launch/launch_decode.h"
+
+#include <array>
+#include <atomic>
+
+#include "launch/dependent_launch.cuh"
+#include "launch/kernel_table_decode.h"
+#include "launch/launch.h"
+#include "launch/tensor_map.h"
+#include "plan/smem_decode.h"
+#include "plan/tiles_all.h"
+
+namespace sparse_marlin {
+namespace {
+
+constexpr int kMaxDevices = 64;
+constexpr int kTables = 4;
+
+cudaError_t write_maps(device::KernelArgsDecode& args, const Problem& problem, const TileDecode& tile) {
+  const device::KernelArgs& g = args.gemm;
+  const CUtensorMapDataType act =
+      problem.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  // 64 columns of a token are one row of a swizzled box; one copy brings a chunk, [column / 64][token]
+  const cudaError_t status = TensorMap<3>{act,
+                                          g.params.acts,
+                                          {size(kHalfCols), size(g.m), size(g.k / kHalfCols)},
+                                          {size(g.acts_row) * kActBytes, size(kSwizzleRowBytes)},
+                                          {extent(kHalfCols), extent(args.smem.rows), extent(tile.warps_k * kHalves)},
+                                          CU_TENSOR_MAP_SWIZZLE_128B}
+                                 .write(&args.acts_map);
+  if (status != cudaSuccess || problem.group_size == kChannelwise) return status;
+  return TensorMap<2>{act,
+                      g.params.scales,
+                      {size(g.scales_row), size(g.num_groups)},
+                      {size(g.scales_row) * kActBytes},
+                      {extent(tile.block_n()), extent(chunk_scale_rows(tile, problem.group_size))}}
+      .write(&args.scales_map);
+}
+
+}  // namespace
+
+cudaError_t launch_decode(const Problem& problem, const Plan& plan, const device::KernelArgs& gemm, int device,
+                          cudaStream_t stream) {
+  static const KernelTableDecode* const tables[kTables] = {&kKernelsDecodeF16Int4, &kKernelsDecodeF16Int8,
+                                                           &kKernelsDecodeBf16Int4, &kKernelsDecodeBf16Int8};
+  const int table = (problem.dtype == DType::kFloat16 ? 0 : 2) + (problem.num_bits == 4 ? 0 : 1);
+  const int mode = static_cast<int>(scale_mode(problem.group_size)), index = tile_decode_index(plan.tile);
+  const GemmKernelDecode kernel = (*tables[table])[mode][index];
+
+  static std::array<std::atomic<bool>, kMaxDevices * kTables * kScaleModes * kTilesDecode.size()> allowed{};
+  auto& done = allowed[((device * kTables + table) * kScaleModes + mode) * kTilesDecode.size() + index];
+  if (!done.load(std::memory_order_acquire)) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             device_properties(device).smem_per_block);
+    if (status != cudaSuccess) return status;
+    done.store(true, std::memory_order_release);
+  }
+
+  device::KernelArgsDecode args{};
+  args.gemm = gemm;
+  const Device& gpu = device_properties(device);
+  const TileDecode& tile = tile_decode(plan.tile);
+  args.smem = decode_layout(problem, tile, gpu.num_sms, gpu.smem_per_sm);
+  args.tiles = gemm.tiles_m * gemm.tiles_n;
+  args.cols = static_cast<int>(format::col_tiles(problem.k));
+  args.turns = turns(tile, problem.k);
+  const cudaError_t status = write_maps(args, problem, tile);
+  if (status != cudaSuccess) return status;
+  return launch_dependent(kernel, args, plan.grid, plan.threads, plan.smem_bytes, 1, plan.dependent, stream);
+}
+
+}  // namespace sparse_marlin

@@ -1,0 +1,13 @@
+// How launch() starts the decode kernel.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "device/kernel_args.h"
+#include "plan/plan.h"
+
+namespace sparse_marlin {
+
+cudaError_t launch_decode(const Problem& problem, const Plan& plan, const device::KernelArgs& args, int device,
+                          cudaStream_t stream);
+
+}  // namespace sparse_marlin
