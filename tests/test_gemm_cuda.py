@@ -297,7 +297,7 @@ CHAINS = {
         Way("decode", 8, 128, 1, 1),
         Way("decode", 16, 64, 1, 1),
         Way("decode", 8, 64, 1, 1),
-        Way("decode", 16, 32, 1, 1),
+        Way("decode", 16, 64, 1, 1),
     ],
     "portable": [
         Way("sm80", 8, 64, 1, 4),
