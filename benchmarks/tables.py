@@ -34,8 +34,9 @@ def gemm_table(result: Row) -> str:
         lines += [
             line(f"{shape}, {k} → {n}", {m: row["speedup"] for m, row in found.items()}),
             line("us", {m: row["us"] for m, row in found.items()}, digits=1),
-            line("of floor", {m: row["floor_fraction"] for m, row in found.items() if "floor_fraction" in row}),
         ]
+        if floors := {m: row["floor_fraction"] for m, row in found.items() if "floor_fraction" in row}:
+            lines.append(line("of floor", floors))
         for name in measured_peers(found.values()):
             speedups = {m: peer_speedup(row, name) for m, row in found.items()}
             lines.append(line(PEERS[name], {m: x for m, x in speedups.items() if x is not None}))
@@ -92,10 +93,10 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path)
     for path in parser.parse_args().files:
         result = json.loads(path.read_text())
-        kernel = f", the {result['kernel']} kernel alone" if result.get("kernel") else ""
-        print(
-            f"{path.name}: {result['gpu']}, {result['dtype']}, {result['num_bits']} bits, group {result['group_size']}{kernel}"
-        )
+        what = [result["gpu"], result["dtype"], f"{result['num_bits']} bits", f"group {result['group_size']}"]
+        if result.get("kernel"):
+            what.append(f"the {result['kernel']} kernel alone")
+        print(f"{path.name}: {', '.join(what)}")
         print(f"\n{table(result)}\n")
         if "tflops" in result["rows"][0]:
             print("\n".join(f"- {remark}" for remark in gemm_remarks(result)) + "\n")

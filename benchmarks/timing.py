@@ -134,13 +134,15 @@ def full_precision_sums() -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
-def nvidia_smi(query: str) -> str | None:
-    """Of the first GPU; None where the tool cannot tell."""
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
+def driver_and_power_limit() -> tuple[str | None, str | None]:
+    """Of the first GPU; None where nvidia-smi cannot tell."""
+    command = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader", "--id=0"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        driver, power_limit = told.strip().split(", ")
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None, None
+    return driver, power_limit
 
 
 def command_line(argv: Sequence[str]) -> str:
@@ -151,10 +153,11 @@ def command_line(argv: Sequence[str]) -> str:
 
 def machine() -> dict[str, object]:
     """What a result depends on besides the code."""
+    driver, power_limit = driver_and_power_limit()
     return {
         "gpu": torch.cuda.get_device_name(),
-        "driver": nvidia_smi("driver_version"),
-        "power_limit": nvidia_smi("power.limit"),
+        "driver": driver,
+        "power_limit": power_limit,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "sparse_marlin": sparse_marlin.__version__,
