@@ -35,7 +35,7 @@ from peer_base import LeftOut, Peer, Weight
 from peers import LIBRARY_PEERS, TORCH_PEERS, Setting, build, load_library, why_not
 from rich.console import Console
 from rich.table import Table
-from summary import PEERS, Row, geometric_means, least_ratios, measured_peers, own_speedup, peer_speedup
+from summary import PEERS, PLAIN, Row, geometric_means, least_ratios, measured_peers, own_speedup, peer_speedup
 from timing import (
     Recorded,
     Recorder,
@@ -112,14 +112,19 @@ class Case:
 
     def ours(self, a: torch.Tensor, plan: _core.Plan) -> Callable[[int], torch.Tensor]:
         """As users call it; with --kernel, the plan of that family."""
+        if self.args.kernel is not None:
+            return self.planned(a, plan, True)
         group_size, num_bits = self.args.group_size, self.args.num_bits
-        if self.args.kernel is None:
-            gemm = torch.ops.sparse_marlin.sparse_marlin_gemm
-            return lambda i: gemm(a, self.packed[i % len(self.packed)], self.scales, group_size, num_bits)
+        gemm = torch.ops.sparse_marlin.sparse_marlin_gemm
+        return lambda i: gemm(a, self.packed[i % len(self.packed)], self.scales, group_size, num_bits)
+
+    def planned(self, a: torch.Tensor, plan: _core.Plan, dependent: bool) -> Callable[[int], torch.Tensor]:
+        group_size, num_bits = self.args.group_size, self.args.num_bits
         gemm_tile = torch.ops.sparse_marlin._sparse_marlin_gemm_tile
         return lambda i: gemm_tile(
-            a, self.packed[i % len(self.packed)], self.scales, group_size, num_bits, None, plan.tile, plan.splits
-        )
+            a, self.packed[i % len(self.packed)], self.scales, group_size, num_bits, None, plan.tile, plan.splits,
+            dependent,
+        )  # fmt: skip
 
     def check(self, a: torch.Tensor, out: torch.Tensor) -> None:
         edge = min(CHECKED_TOKENS, len(a))
@@ -156,6 +161,8 @@ class Case:
             "cublas": lambda i: torch.mm(a, self.dense[i % len(self.dense)].t(), out=out),
             "ours": self.ours(a, plan),
         }
+        if args.plain:
+            calls[PLAIN] = self.planned(a, plan, False)
         self.check(a, self.ours(a, plan)(0))
         calls["cublas"](0)
         if tokens in args.peer_tokens:
@@ -196,11 +203,11 @@ class Case:
             "floor_fraction": max(moved / bandwidth, flops / sparse_tflops() / 1e6) / us,
             "tile": f"{tile.kernel} {tile.block_m}x{tile.block_n} share {tile.share} splits {plan.splits}",
         }
-        for name in self.peers:
+        for name in (PLAIN, *self.peers):
             if name in times:
                 peer: Row = {"us": median[name], "us_range": [times[name][0], times[name][-1]]}
                 peer["speedup"] = cublas / median[name]
-                if self.peers[name].note:
+                if name in self.peers and self.peers[name].note:
                     peer["note"] = self.peers[name].note
                 row.setdefault("peers", {})[name] = peer
         return row
@@ -308,6 +315,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--kernel", choices=KERNELS, help="this family of our kernels instead of the planner's choice")
     made.add_argument("--peers", type=peer_names, default=list(TORCH_PEERS), help="of torch: all, none or names")
     made.add_argument("--peer-tokens", type=positive_ints, default=PEER_TOKENS, help="where peers are timed")
+    made.add_argument("--plain", action="store_true", help="ours without dependent launch, too")
     made.add_argument("--sparse-marlin", type=Path, help="shared library with the public Sparse-Marlin kernel")
     made.add_argument("--marlin", type=Path, help="shared library with the public dense Marlin kernel")
     made.add_argument("--search-seconds", type=float, default=2.0, help="the longest of cuSPARSELt's searches")

@@ -358,6 +358,7 @@ def main() -> int:
         "group_size": args.group_size,
         "left_out": sweep.left_out.reasons,
         "num_sms": sweep.device.num_sms,
+        "dram_gb_per_s": sweep.device.dram_gb_per_s,
         "factor": args.factor,
         "most": args.most,
         "plan_columns": ["tile", "splits", "predicted_us", "us", "us_least", "us_most"],  # the chosen plan first

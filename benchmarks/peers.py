@@ -12,13 +12,13 @@ import torch
 from peer_base import Peer, Weight
 from peers_marlin import Marlin, SparseMarlin
 from peers_torch import CuSparseLt, Fp8, TorchInt4, prune_24
-from summary import PEERS
+from summary import PEERS, PLAIN
 from timing import Recorder
 
 from sparse_marlin import _core
 
 LIBRARY_PEERS: dict[str, type[Marlin]] = {"sparse-marlin": SparseMarlin, "marlin": Marlin}
-TORCH_PEERS = tuple(name for name in PEERS if name not in LIBRARY_PEERS)
+TORCH_PEERS = tuple(name for name in PEERS if name not in (PLAIN, *LIBRARY_PEERS))
 
 
 @dataclass(frozen=True)

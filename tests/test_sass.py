@@ -341,10 +341,6 @@ ACTS = ("6__half", "13__nv_bfloat16")
 SHAPES = [tile for tile in _core.TILES if tile.kernel == "sm90" and tile.share == 1]  # sharing does not change the code
 SCALE_MODES = 3
 KERNELS = {Kernel(*each) for each in product(ACTS, _core.NUM_BITS, range(len(SHAPES)), range(SCALE_MODES))}
-# Bytes of stack, by the tokens of a tile: the aim is none. The largest tile's registers are full of sums, 2 x 96 a
-# thread: some of its consumers keep one value on the stack during a tile, its producer the thread number. Neither is
-# touched in a main loop.
-STACK = {192: 8}
 
 
 def kernel_name(text: str) -> Kernel | None:
@@ -443,8 +439,7 @@ def stacks_of(cubins: list[Path], name: Callable[[str], Name | None]) -> dict[Na
 def test_no_kernel_spills(cubins):
     stacks = stacks_of(cubins, kernel_name)
     assert set(stacks) == KERNELS
-    limits = {kernel: STACK.get(SHAPES[kernel.shape].block_m, 0) for kernel in stacks}
-    faults = [f"{kernel}: {stack} bytes of stack" for kernel, stack in stacks.items() if stack > limits[kernel]]
+    faults = [f"{kernel}: {stack} bytes of stack" for kernel, stack in stacks.items() if stack > 0]
     assert not faults, "\n".join(faults)
 
 

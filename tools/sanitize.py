@@ -96,9 +96,9 @@ def multiply(size: tuple[int, int, int], kind: Kind, ways: list[Way]) -> None:
 
 
 def other_cluster(way: Way) -> bool:
-    """Whether it is the kernel of a Hopper tile once more, in a larger cluster."""
+    """Whether it is the kernel of a tile for Hopper once more, in a larger cluster."""
     tile = _core.TILES[way[0]]
-    return tile.kernel == "sm90" and tile.share * way[1] > 1
+    return tile.kernel != "sm80" and tile.share * way[1] > 1
 
 
 def gemm_kernels() -> int:

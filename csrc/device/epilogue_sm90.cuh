@@ -24,7 +24,7 @@ __device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float low, float hi
 template <typename Act, typename Consumer, ShapeSm90 kTile>
 struct EpilogueSm90 {
   static constexpr int kPassTokens = Consumer::kSmem.pass_tokens;
-  static constexpr int kPasses = kTile.block_m / kPassTokens;
+  static constexpr int kPasses = (kTile.block_m + kPassTokens - 1) / kPassTokens;
   static constexpr int kPassChunks = kPassTokens / kChunkTokens;
   static constexpr int kBlockSums =
       4;  // of a thread in 16 features x 8 tokens: (g, 2c), (g, 2c + 1), (g + 8, 2c), (g + 8, 2c + 1)
@@ -66,10 +66,13 @@ struct EpilogueSm90 {
       const RowTerms terms = row_terms(feature);
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
+        constexpr int kLastTokens = kTile.block_m - (kPasses - 1) * kPassTokens;
+        const int tokens = pass < kPasses - 1 ? kPassTokens : kLastTokens;
         free_staging();
 #pragma unroll
-        for (int c = 0; c < kPassChunks; ++c) stage_chunk(sums[b] + (pass * kPassChunks + c) * kChunkSums, terms, c);
-        write(feature, token0 + pass * kPassTokens, 0, kPassTokens);
+        for (int c = 0; c < tokens / kChunkTokens; ++c)
+          stage_chunk(sums[b] + (pass * kPassChunks + c) * kChunkSums, terms, c);
+        write(feature, token0 + pass * kPassTokens, 0, tokens);
       }
     }
   }
@@ -121,8 +124,9 @@ struct EpilogueSm90 {
     ptx::fence_async_shared();
     sync();
     if (args.out_mapped) {
-      if (thread == 0) {  // the box has as many rows
-        ptx::tensor_store(&args.out_map, staging + row0 * kSwizzleRowBytes, feature, token0);
+      if (thread == 0) {
+        for (int row = 0; row < rows; row += args.store_tokens)
+          ptx::tensor_store(&args.out_map, staging + (row0 + row) * kSwizzleRowBytes, feature, token0 + row);
         ptx::bulk_commit();
       }
       return;

@@ -1,27 +1,45 @@
-// The decode kernel (mma.sp fed by bulk copies, compute capability 9.0) as an outline. Persistent: a block walks over output tiles.
+// The decode kernel (mma.sp fed by bulk copies, compute capability 9.0) as an outline. Persistent: a block walks over output tiles; where
+// k is split over a cluster, this does one.
 #pragma once
 #include "device/epilogue.cuh"
 #include "device/mainloop_decode.cuh"
 
 namespace sparse_marlin::device {
 
-// The sums of the warps along k meet in shared memory and are added in a fixed order; then channel scale, bias, one rounding.
+// The sums of the warps along k meet in shared memory and are added in a fixed order; where k is split over a cluster, each block
+// sends its sums of a vector (four features of a token) to the block that owns it, which adds them in the order of the blocks. Then
+// channel scale, bias, one rounding.
 template <typename Act, typename Warp, TileDecode kTile>
 struct DecodeEpilogue {
   static constexpr int kPitch = kTile.block_n() + kEpiloguePad;
   static constexpr int kBarrier = 1;  // of the warps that compute
+  static constexpr int kThreads = kTile.warps() * format::kLanes;
+  static constexpr int kRowVectors = kTile.block_n() / kVectorFeatures;
+  static_assert(kVectorFeatures == kVector);
 
   const KernelArgsDecode& args;
-  float* exchange;  // [warp along k][token][feature]
+  const Warp& warp;
 
-  static __device__ __forceinline__ void meet() { ptx::named_barrier(kBarrier, kTile.warps() * format::kLanes); }
+  // Worked out where they are needed: the main loop has no registers for them.
+  static __device__ __forceinline__ uint8_t* shared_at(uint32_t address) {
+    asm volatile("" : "+r"(address));
+    return static_cast<uint8_t*>(__cvta_shared_to_generic(address));
+  }
+  __device__ __forceinline__ float* exchange() const {  // [warp along k][token][feature]
+    return reinterpret_cast<float*>(shared_at(warp.smem + args.smem.exchange));
+  }
+  __device__ __forceinline__ float4* received() const {  // [split][vector]
+    return reinterpret_cast<float4*>(shared_at(warp.smem + args.smem.received));
+  }
+
+  static __device__ __forceinline__ void meet() { ptx::named_barrier(kBarrier, kThreads); }
 
   // Tokens of a pass: a block of the MMA's 8, as far as they exist.
   __device__ __forceinline__ int tokens() const { return min(args.smem.rows, kMmaTokens); }
 
-  __device__ __forceinline__ void share(const typename Warp::Sums& sums, const Warp& warp, int pass) const {
+  __device__ __forceinline__ void share(const typename Warp::Sums& sums, int pass) const {
     const int g = warp.lane / format::kLanesPerRow, c = warp.lane % format::kLanesPerRow;
-    float* to = exchange + warp.warp_k * tokens() * kPitch + warp.warp_n * Warp::kSlices * format::kSliceRows + g;
+    float* to = exchange() + warp.warp_k * tokens() * kPitch + warp.warp_n * Warp::kSlices * format::kSliceRows + g;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int token = 2 * c + j;
@@ -35,32 +53,88 @@ struct DecodeEpilogue {
     }
   }
 
-  __device__ __forceinline__ void store(const BlockWork& work, int pass) const {
-    const KernelArgs& g = args.gemm;
-    constexpr int kRowThreads = kTile.block_n() / kVector;
-    const bool aligned = g.n % kVector == 0;
-    for (int i = threadIdx.x; i < tokens() * kRowThreads; i += kTile.warps() * format::kLanes) {
-      const int row = i / kRowThreads, feature = i % kRowThreads * kVector;
-      const int token = work.tile_m * kTile.block_m + pass * kMmaTokens + row,
-                n = work.tile_n * kTile.block_n() + feature;
-      if (token >= g.m || n >= g.n) continue;
-      const int count = min(kVector, g.n - n);
-      float4 v = *reinterpret_cast<const float4*>(exchange + row * kPitch + feature);
+  static __device__ __forceinline__ float4 add(const float4& a, const float4& b) {
+    return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+  }
+  // Vector i of the pass, all warps along k.
+  __device__ __forceinline__ float4 total(const float* exchange, int i) const {
+    const float* from = exchange + i / kRowVectors * kPitch + i % kRowVectors * kVectorFeatures;
+    float4 v = *reinterpret_cast<const float4*>(from);
 #pragma unroll
-      for (int k = 1; k < kTile.warps_k; ++k) {
-        const float4 u = *reinterpret_cast<const float4*>(exchange + (k * tokens() + row) * kPitch + feature);
-        v = {v.x + u.x, v.y + u.y, v.z + u.z, v.w + u.w};
+    for (int k = 1; k < kTile.warps_k; ++k) v = add(v, *reinterpret_cast<const float4*>(from + k * tokens() * kPitch));
+    return v;
+  }
+  // The finished vector i of the tile.
+  __device__ __forceinline__ void store(const BlockWork& work, int i, float4 v) const {
+    const KernelArgs& g = args.gemm;
+    const int token = work.tile_m * kTile.block_m + i / kRowVectors;
+    const int n = work.tile_n * kTile.block_n() + i % kRowVectors * kVectorFeatures;
+    if (token >= g.m || n >= g.n) return;
+    const int count = min(kVectorFeatures, g.n - n);
+    if (g.group_size == kChannelwise) {
+      const Act* scales = static_cast<const Act*>(g.params.scales) + n;
+      v.x *= to_float(scales[0]);
+      if (count > 1) v.y *= to_float(scales[1]);
+      if (count > 2) v.z *= to_float(scales[2]);
+      if (count > 3) v.w *= to_float(scales[3]);
+    }
+    const Act* bias = static_cast<const Act*>(g.params.bias);
+    store_out(static_cast<Act*>(g.params.out) + static_cast<int64_t>(token) * g.n + n,
+              bias == nullptr ? nullptr : bias + n, v, count, g.n % kVectorFeatures == 0);
+  }
+
+  // To the blocks of the cluster that own the vectors of the pass.
+  __device__ __forceinline__ void send(int pass) const {
+    const int splits = args.gemm.splits, rank = ptx::cluster_block();
+    const int slots = owned_vectors(kTile, args.smem.rows, splits), first = pass * kMmaTokens * kRowVectors;
+    const int vectors = min(kMmaTokens * kRowVectors, args.smem.rows * kRowVectors - first);
+    const uint32_t place = warp.smem + args.smem.received + rank * slots * kVectorBytes;
+    const float* sums = exchange();
+    for (int i = threadIdx.x; i < vectors; i += kThreads) {
+      const int owner = (first + i) % splits, slot = (first + i) / splits;
+      const float4 v = total(sums, i);
+      if (owner == rank) {
+        received()[rank * slots + slot] = v;
+      } else {
+        ptx::store_remote_counted(ptx::remote_address(place + slot * kVectorBytes, owner),
+                                  ptx::remote_address(warp.received_full(), owner), v);
       }
-      if (g.group_size == kChannelwise) {
-        const Act* scales = static_cast<const Act*>(g.params.scales) + n;
-        v.x *= to_float(scales[0]);
-        if (count > 1) v.y *= to_float(scales[1]);
-        if (count > 2) v.z *= to_float(scales[2]);
-        if (count > 3) v.w *= to_float(scales[3]);
+    }
+  }
+  __device__ __forceinline__ void store_owned(const BlockWork& work) const {
+    const int splits = args.gemm.splits, rank = ptx::cluster_block();
+    const int slots = owned_vectors(kTile, args.smem.rows, splits);
+    const float4* from_rank = received();
+    ptx::mbarrier_wait(warp.received_full(), 0);
+    for (int i = threadIdx.x; i < owned_vectors(kTile, args.smem.rows, splits, rank); i += kThreads) {
+      float4 v = from_rank[i];
+      for (int from = 1; from < splits; ++from) v = add(v, from_rank[from * slots + i]);
+      store(work, i * splits + rank, v);
+    }
+  }
+
+  // `again`: not the block's first tile.
+  __device__ __forceinline__ void run(const typename Warp::Sums& sums, const BlockWork& work, bool again) const {
+    const bool split = args.gemm.splits > 1;
+    if (split) ptx::cluster_wait();  // the others' barriers are ready
+#pragma unroll
+    for (int pass = 0; pass < Warp::kBlocks; ++pass) {
+      const int first = pass * kMmaTokens;
+      if (first >= args.smem.rows) break;
+      if (again || pass > 0) meet();  // the sums before have been read
+      share(sums, pass);
+      meet();
+      if (split) {
+        send(pass);
+      } else {
+        const float* all = exchange();
+        for (int i = threadIdx.x; i < tokens() * kRowVectors; i += kThreads)
+          store(work, first * kRowVectors + i, total(all, i));
       }
-      const Act* bias = static_cast<const Act*>(g.params.bias);
-      store_out(static_cast<Act*>(g.params.out) + static_cast<int64_t>(token) * g.n + n,
-                bias == nullptr ? nullptr : bias + n, v, count, aligned);
+    }
+    if (split) {
+      meet();  // what the block keeps
+      store_owned(work);
     }
   }
 };
@@ -84,33 +158,26 @@ __global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(), kTilesDeco
     const Loader loader{{args, smem}};
     if (lane == 0) loader.init_chunk_barriers();
     __syncthreads();
+    if (args.gemm.splits > 1) ptx::cluster_arrive();
     if (ptx::elect_one()) loader.run();
     return;
   }
-  const uint64_t policy = args.gemm.tiles_m == 1 ? ptx::policy_evict_first() : ptx::policy_evict_normal();
   const Warp mine{{args, smem},
                   lane,
                   warp % kTile.warps_n,
                   warp / kTile.warps_n,
                   smem + args.smem.weights + warp * args.smem.stages * Warp::kStageBytes,
-                  smem + args.smem.weights_full + warp * args.smem.stages * kBarrierBytes,
-                  policy};
+                  smem + args.smem.weights_full + warp * args.smem.stages * kBarrierBytes};
   typename Warp::State state{mine.start(), mine.first_stage(), mine.first_chunk()};
   const typename Warp::Places places = mine.places();
   __syncthreads();
+  if (args.gemm.splits > 1) ptx::cluster_arrive();
   ptx::grid_dependency_wait();  // the output may still be in use by the kernel before
-  const End end{args, reinterpret_cast<float*>(shared + (smem - unaligned) + args.smem.exchange)};
+  const End end{args, mine};
   typename Warp::Sums sums;
-  for (int tile = blockIdx.x; tile < args.tiles; tile += gridDim.x) {
+  for (int tile = mine.first_tile(); tile < args.tiles; tile += gridDim.x) {
     mine.run(sums, state, places);
-#pragma unroll
-    for (int pass = 0; pass < Warp::kBlocks; ++pass) {
-      if (pass * kMmaTokens >= args.smem.rows) break;
-      if (tile != static_cast<int>(blockIdx.x) || pass > 0) End::meet();  // the sums before have been read
-      end.share(sums, mine, pass);
-      End::meet();
-      end.store(mine.work(tile), pass);
-    }
+    end.run(sums, mine.work(tile), tile >= static_cast<int>(gridDim.x));
   }
 #endif
 }

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
     }
   } else {
     ptx::registers_acquire<kTile.consumer_registers()>();
-    const Consumer consumer{pipeline, Consumer::lane_place(warpgroup), warpgroup};
+    const Consumer consumer{pipeline, Consumer::lane_place(pipeline, warpgroup), warpgroup};
     const End end{args, smem + Pipeline::kSmem.staging + warpgroup * Pipeline::kSmem.staging_bytes, warpgroup};
     ptx::grid_dependency_wait();  // the output may still be in use by the kernel before
     typename Consumer::Sums sums;

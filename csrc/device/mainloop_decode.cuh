@@ -40,6 +40,11 @@ struct DecodePlaces {
   const KernelArgsDecode& args;
   const uint32_t smem;  // 1024-byte aligned
 
+  // Where k is split, a cluster works on one output tile, and its blocks share out the column tiles of a turn; otherwise a block is a
+  // cluster of its own, and walks over output tiles.
+  static __device__ __forceinline__ int first_tile() { return ptx::cluster_id(); }
+  static __device__ __forceinline__ int first_col() { return ptx::cluster_block() * kTile.warps_k; }
+
   __device__ __forceinline__ BlockWork work(int tile) const {
     return block_work(tile, args.gemm.tiles_m, args.gemm.tiles_n, 1, args.cols);
   }
@@ -50,7 +55,13 @@ struct DecodePlaces {
   // Of the chunk whose `full` barrier is given.
   __device__ __forceinline__ uint32_t empty(uint32_t full) const { return full + args.smem.chunks * kBarrierBytes; }
 
+  __device__ __forceinline__ uint32_t received_full() const { return smem + args.smem.received_full; }
   __device__ __forceinline__ void init_chunk_barriers() const {
+    if (args.gemm.splits > 1) {
+      const int vectors = owned_vectors(kTile, args.smem.rows, args.gemm.splits, ptx::cluster_block());
+      ptx::mbarrier_init(received_full(), 1);
+      ptx::mbarrier_arrive_expect(received_full(), (args.gemm.splits - 1) * vectors * kVectorBytes);  // from the others
+    }
     for (int i = 0; i < args.smem.chunks; ++i) {
       const uint32_t full = smem + args.smem.chunk_full + i * kBarrierBytes;
       ptx::mbarrier_init(full, 1);
@@ -72,11 +83,11 @@ struct DecodeLoader : DecodePlaces<kTile, kMode> {
     ptx::grid_dependency_wait();
     ptx::grid_launch_dependents();
     RingPlace chunk = this->first_chunk();
-    for (int tile = blockIdx.x; tile < args.tiles; tile += gridDim.x) {
+    for (int tile = this->first_tile(); tile < args.tiles; tile += gridDim.x) {
       const BlockWork work = this->work(tile);
       const int token0 = work.tile_m * kTile.block_m, feature0 = work.tile_n * kTile.block_n();
-      int col = 0;
-      for (int i = args.turns * kTile.turn_cols; i > 0; --i, col += kTile.warps_k) {
+      int col = this->first_col();
+      for (int i = args.turns * kTile.turn_cols; i > 0; --i, col += args.col_step) {
         ptx::mbarrier_wait(this->empty(chunk.barrier), chunk.parity ^ 1);  // a fresh barrier counts as passed
         // boxes are always whole: what is past the end arrives as zeros
         ptx::mbarrier_arrive_expect(chunk.barrier, args.smem.copied_bytes);
@@ -99,6 +110,10 @@ struct DecodeWarp : DecodePlaces<kTile, kMode> {
   using Base::kScaled;
   static constexpr int kSlices = kTile.slices;
   static constexpr int kBlocks = kTile.token_blocks();
+  static constexpr bool kAllRows = keeps_all_rows(kTile);
+  // Scales multiply the sums of their group where these are few, otherwise the weights.
+  static constexpr bool kScalesWeights = kScaled && kBlocks > 2;
+  static constexpr bool kScalesSums = kScaled && !kScalesWeights;
   static constexpr int kSliceBytes = format::slice_bytes(kBits);
   static constexpr int kCols = kTile.turn_cols;
   static constexpr int kColBytes = kSlices * kSliceBytes;
@@ -116,7 +131,6 @@ struct DecodeWarp : DecodePlaces<kTile, kMode> {
   const int warp_k;
   const uint32_t ring;     // the warp's stages
   const uint32_t arrived;  // and their barriers
-  const uint64_t policy;
 
   // --- the stream of weights ---------------------------------------------------------------------------------------------
   struct Stream {
@@ -137,18 +151,20 @@ struct DecodeWarp : DecodePlaces<kTile, kMode> {
   __device__ __forceinline__ void ask(Stream& s, uint32_t stage, uint32_t barrier) const {
     if (s.tile >= args.tiles) return;
     if (ptx::elect_one()) {
+      // weights that one row of blocks reads must not push activations out of L2
+      const uint64_t policy = args.gemm.tiles_m == 1 ? ptx::policy_evict_first() : ptx::policy_evict_normal();
       ptx::mbarrier_arrive_expect(barrier, kStageBytes);
 #pragma unroll
       for (int j = 0; j < kCols; ++j) {
         // column tiles past the end: the last one again, times zero activations
-        const int col = min(s.col + j * kTile.warps_k, args.cols - 1);
+        const int col = min(s.col + j * args.col_step, args.cols - 1);
         ptx::bulk_load(stage + j * kColBytes, s.from + static_cast<int64_t>(col) * format::tile_bytes(kBits), kColBytes,
                        barrier, policy);
       }
     }
-    s.col += kCols * kTile.warps_k;
+    s.col += kCols * args.col_step;
     if (--s.left == 0) {
-      s.col = warp_k;
+      s.col = this->first_col() + warp_k;
       s.left = args.turns;
       s.tile += gridDim.x;
       if (s.tile < args.tiles) s.from = weights_of(s.tile);
@@ -163,8 +179,8 @@ struct DecodeWarp : DecodePlaces<kTile, kMode> {
     if (lane < args.smem.stages) ptx::mbarrier_init(arrived + lane * kBarrierBytes, 1);
     ptx::mbarrier_init_fence();
     __syncwarp();
-    const int tile = blockIdx.x;
-    Stream s{weights_of(tile), warp_k, args.turns, tile};
+    const int tile = this->first_tile();
+    Stream s{weights_of(tile), this->first_col() + warp_k, args.turns, tile};
     RingPlace stage = first_stage();
     for (int i = 0; i < args.smem.stages; ++i) {
       ask(s, stage.at, stage.barrier);
@@ -177,8 +193,11 @@ struct DecodeWarp : DecodePlaces<kTile, kMode> {
   struct Places {    // of this lane
     uint32_t codes;  // bytes from the start of a stage
     uint32_t meta;
-    uint32_t tokens[kHalves][kBlocks];  // bytes from the start of a chunk
+    uint32_t tokens[kHalves][kAllRows ? 1 : kBlocks];  // bytes from the start of a chunk
     uint32_t scales;
+    __device__ __forceinline__ uint32_t tokens_at(int half, int block) const {
+      return kAllRows ? tokens[half][0] + block * kMmaTokens * kSwizzleRowBytes : tokens[half][block];
+    }
   };
   __device__ __forceinline__ Places places() const {
     Places p;
@@ -187,7 +206,7 @@ struct DecodeWarp : DecodePlaces<kTile, kMode> {
 #pragma unroll
     for (int h = 0; h < kHalves; ++h) {
 #pragma unroll
-      for (int q = 0; q < kBlocks; ++q) {
+      for (int q = 0; q < (kAllRows ? 1 : kBlocks); ++q) {
         // tokens that do not exist have no row: read the last one again, the product is never stored
         const int token = min(q * kMmaTokens + lane % kMmaTokens, args.smem.rows - 1);
         const int row = (warp_k * kHalves + h) * args.smem.rows + token;
@@ -202,11 +221,14 @@ struct DecodeWarp : DecodePlaces<kTile, kMode> {
     return p;
   }
 
+  // Which of a column tile's groups a step belongs to.
+  __device__ __forceinline__ int group_row(int step) const {
+    return kMode == ScaleMode::kTiles ? 0 : step * format::kStepCols >> args.gemm.group_shift;
+  }
   // sums += the sums of a group times its scales, loaded while the MMAs of the group run; for `count` slices.
   __device__ __forceinline__ void add_scaled(Sums& sums, const Sums& group, uint32_t scales, int step, int first,
                                              int count) const {
-    const int row = kMode == ScaleMode::kTiles ? 0 : step * format::kStepCols >> args.gemm.group_shift;
-    const uint32_t from = scales + row * kTile.block_n() * kActBytes;
+    const uint32_t from = scales + group_row(step) * kTile.block_n() * kActBytes;
 #pragma unroll
     for (int s = first; s < first + count; ++s) {
       const uint32_t at = from + s * format::kSliceRows * kActBytes;
@@ -236,7 +258,17 @@ struct DecodeWarp : DecodePlaces<kTile, kMode> {
   struct Tile {            // of one column tile, in registers
     uint4 codes[kSlices];  // of the steps of one plane
     uint2 meta[kSlices];
+    uint32_t scales[kSlices];  // kScalesWeights: row g in the low half, row g + 8 in the high half
   };
+  // `scales`: of the chunk
+  __device__ __forceinline__ void load_scales(Tile& t, uint32_t scales, int step) const {
+    const uint32_t from = scales + group_row(step) * kTile.block_n() * kActBytes;
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) {
+      const uint32_t at = from + s * format::kSliceRows * kActBytes;
+      t.scales[s] = ptx::load_shared_16(at) | ptx::load_shared_16(at + format::kHalfRows * kActBytes) << 16;
+    }
+  }
   __device__ __forceinline__ void load_codes(Tile& t, uint32_t from, const Places& places, int plane) const {
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {
@@ -256,7 +288,7 @@ struct DecodeWarp : DecodePlaces<kTile, kMode> {
     Tile tiles[kTogether];
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) load_tile(tiles[j], weights + j * kColBytes, places);
-    Sums groups[kTogether] = {};
+    Sums groups[kTogether] = {};  // where scales multiply them
 #pragma unroll
     for (int step = 0; step < format::kSliceSteps; ++step) {
 #pragma unroll
@@ -264,37 +296,62 @@ struct DecodeWarp : DecodePlaces<kTile, kMode> {
         constexpr int kHalfSteps = format::kSliceSteps / kHalves;
         if (step > 0 && step % kPlaneSteps == 0)
           load_codes(tiles[j], weights + j * kColBytes, places, step / kPlaneSteps);
-        ptx::FragB x[kBlocks];
-#pragma unroll
-        for (int q = 0; q < kBlocks; ++q) {
+        if (kScalesWeights && (step == 0 || kMode == ScaleMode::kSteps))
+          load_scales(tiles[j], chunks[j] + places.scales, step);
+        const auto activations = [&](int q) {
           // an odd step begins with piece 4 of 8: the swizzle keeps that bit apart
           const uint32_t at =
-              places.tokens[step / kHalfSteps][q] ^ (step % kHalfSteps * (kSwizzleRowBytes / kHalfSteps));
-          x[q] = ptx::ldmatrix_x4(chunks[j] + at);
-        }
-#pragma unroll
-        for (int s = 0; s < kSlices; ++s) {
-          const ptx::FragA w = dequantize(tiles[j].codes[s], step);
+              places.tokens_at(step / kHalfSteps, q) ^ (step % kHalfSteps * (kSwizzleRowBytes / kHalfSteps));
+          return ptx::ldmatrix_x4(chunks[j] + at);
+        };
+        const auto mma = [&](const ptx::FragA& w, const ptx::FragB& x, int s, int q) {
+          // here problem space becomes instruction space: weights are the sparse operand a, activations are b
+          ptx::FragD& d = kScalesSums ? groups[j].d[s][q] : sums.d[s][q];
           const uint32_t e = step < 2 ? tiles[j].meta[s].x : tiles[j].meta[s].y;
+          if (kScalesSums && kMode == ScaleMode::kSteps) d = {};
+          if (step % 2 == 0) {
+            ptx::mma_sp<Act, 0>(d, w, x, e);
+          } else {
+            ptx::mma_sp<Act, 1>(d, w, x, e);
+          }
+        };
+        constexpr int kPair = kSlices == 2 ? 2 : 1;  // as many as the registers hold
+        const auto scale = [&](int s) {
+          if (kScalesSums && kMode == ScaleMode::kSteps && s % kPair == kPair - 1)
+            add_scaled(sums, groups[j], chunks[j] + places.scales, step, s - s % kPair, kPair);
+        };
+        // whichever has fewer registers is kept
+        if constexpr (kBlocks > kSlices) {
+          ptx::FragA w[kSlices];
+#pragma unroll
+          for (int s = 0; s < kSlices; ++s) {
+            w[s] = dequantize(tiles[j].codes[s], step);
+            if (kScalesWeights) apply_packed_scales<Act>(w[s], tiles[j].scales[s]);
+          }
 #pragma unroll
           for (int q = 0; q < kBlocks; ++q) {
-            // here problem space becomes instruction space: weights are the sparse operand a, activations are b
-            ptx::FragD& d = kScaled ? groups[j].d[s][q] : sums.d[s][q];
-            if (kMode == ScaleMode::kSteps) d = {};
-            if (step % 2 == 0) {
-              ptx::mma_sp<Act, 0>(d, w, x[q], e);
-            } else {
-              ptx::mma_sp<Act, 1>(d, w, x[q], e);
-            }
+            const ptx::FragB x = activations(q);
+#pragma unroll
+            for (int s = 0; s < kSlices; ++s) mma(w[s], x, s, q);
           }
-          constexpr int kPair = kSlices > 1 ? 2 : 1;  // as many as the registers hold
-          if (kMode == ScaleMode::kSteps && s % kPair == kPair - 1) {
-            add_scaled(sums, groups[j], chunks[j] + places.scales, step, s - s % kPair, kPair);
+#pragma unroll
+          for (int s = 0; s < kSlices; ++s) scale(s);
+        } else {
+          ptx::FragB x[kBlocks];
+#pragma unroll
+          for (int q = 0; q < kBlocks; ++q) x[q] = activations(q);
+#pragma unroll
+          for (int s = 0; s < kSlices; ++s) {
+            ptx::FragA w = dequantize(tiles[j].codes[s], step);
+            if (kScalesWeights) apply_packed_scales<Act>(w, tiles[j].scales[s]);
+#pragma unroll
+            for (int q = 0; q < kBlocks; ++q) mma(w, x[q], s, q);
+            scale(s);
           }
         }
       }
     }
-    if (kMode == ScaleMode::kTiles) {
+    if (kScalesSums && kMode == ScaleMode::kTiles) {
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) add_scaled(sums, groups[j], chunks[j] + places.scales, 0, 0, kSlices);
     }

@@ -34,6 +34,7 @@ struct RingPlace {
     const bool wrap = stage + 1 == kStages;
     return {wrap ? 0 : stage + 1, wrap ? parity ^ 1 : parity};
   }
+  __device__ __forceinline__ int before() const { return stage == 0 ? kStages - 1 : stage - 1; }
 };
 
 // What both sides of the pipeline know: where things lie, and which output tiles the block works on. The blocks of a cluster are
@@ -186,25 +187,33 @@ struct ConsumerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
     uint32_t codes;  // of its warpgroup's first panel
     uint32_t meta;
     uint32_t scales;
+    uint32_t told;  // where it says that its warp no longer reads the first stage; 0: nowhere
   };
   struct Weights {  // of one column tile and warp, in registers
     uint32_t codes[kPanels][format::kLaneVectorWords];
     uint32_t meta[kPanels][format::kMetaLaneWords];
-    uint32_t next_meta[kPanels];  // the second word, until its register is free
-    uint32_t scales[kPanels];     // row g in the low half, row g + 8 in the high half
+    uint32_t next_meta[kPanels];    // a word, until its register above is free
+    uint32_t scales[kPanels];       // row g in the low half, row g + 8 in the high half
+    uint32_t high_scales[kPanels];  // row g + 8, until joined with row g, which waits for both to arrive
   };
 
   const Lane lane;
   const int warpgroup;
 
-  static __device__ __forceinline__ Lane lane_place(int warpgroup) {
+  static __device__ __forceinline__ Lane lane_place(const Base& base, int warpgroup) {
     const int l = threadIdx.x % format::kLanes, warp = threadIdx.x / format::kLanes % format::kTileSlices;
     const uint32_t slice = warpgroup * kPanels * kSmem.tile_bytes + warp * format::slice_bytes(kBits);
-    return {slice + l * uint32_t{sizeof(uint4)},
-            slice + format::slice_code_words(kBits) * format::kWordBytes + l * uint32_t{sizeof(uint2)},
-            Base::kScalesOffset +
-                (warpgroup * kPanels * format::kTileRows + warp * format::kSliceRows + l / format::kLanesPerRow) *
-                    uint32_t{kActBytes}};
+    const bool tells =
+        l < base.args.share;  // every block that shares activations writes into all of them, so all are told
+    Lane lane{slice + l * uint32_t{sizeof(uint4)},
+              slice + format::slice_code_words(kBits) * format::kWordBytes + l * uint32_t{sizeof(uint2)},
+              Base::kScalesOffset +
+                  (warpgroup * kPanels * format::kTileRows + warp * format::kSliceRows + l / format::kLanesPerRow) *
+                      uint32_t{kActBytes},
+              tells ? ptx::remote_address(base.empty(0), base.sharer(l)) : 0};
+    // keep them: the compiler would work them out again for every stage
+    asm volatile("" : "+r"(lane.codes), "+r"(lane.meta), "+r"(lane.scales), "+r"(lane.told));
+    return lane;
   }
 
   // old = value, but by an instruction that depends on the old content: ptxas then cannot load into the register earlier, while an
@@ -224,24 +233,37 @@ struct ConsumerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
   __device__ __forceinline__ void load_scales(Weights& w, uint32_t stage, int panel, int step) const {
     const int row = kMode == ScaleMode::kTiles ? 0 : (step * format::kStepCols) >> args.gemm.group_shift;
     const uint32_t at = stage + lane.scales + (row * kTile.block_n() + panel * format::kTileRows) * uint32_t{kActBytes};
-    w.scales[panel] = ptx::load_shared_16(at) | ptx::load_shared_16(at + format::kHalfRows * kActBytes) << 16;
+    w.scales[panel] = ptx::load_shared_16(at);
+    w.high_scales[panel] = ptx::load_shared_16(at + format::kHalfRows * kActBytes);
   }
-  // What is needed of a stage before its first group.
+  static __device__ __forceinline__ void join_scales(Weights& w, int panel) {
+    w.scales[panel] |= w.high_scales[panel] << 16;
+  }
+  __device__ __forceinline__ void load_meta(Weights& w, uint32_t stage, int word) const {
+#pragma unroll
+    for (int b = 0; b < kPanels; ++b) {
+      w.next_meta[b] = ptx::load_shared_32(stage + lane.meta + b * kSmem.tile_bytes + word * format::kWordBytes);
+    }
+  }
+  // What is needed of a stage before its first unit. It comes while the units before are multiplied: their shared-memory reads make
+  // a load slow, and waiting for it was a third of a warpgroup's time.
   __device__ __forceinline__ void load_first(Weights& w, uint32_t stage) const {
 #pragma unroll
     for (int b = 0; b < kPanels; ++b) {
       load_codes(w, stage, b, 0);
-      const uint2 meta = ptx::load_shared_v2(stage + lane.meta + b * kSmem.tile_bytes);
-      renew(w.meta[b][0], meta.x);
-      w.next_meta[b] = meta.y;
-      if (kMode == ScaleMode::kTiles) load_scales(w, stage, b, 0);
+      if (kMode != ScaleMode::kNone) load_scales(w, stage, b, 0);
     }
+    load_meta(w, stage, 0);
+  }
+  // A word of metadata, when the units that read the one before are done.
+  __device__ __forceinline__ void renew(Weights& w, int word) const {
+#pragma unroll
+    for (int b = 0; b < kPanels; ++b) renew(w.meta[b][word], w.next_meta[b]);
   }
 
   __device__ __forceinline__ void dequantize(ptx::FragA& to, Weights& w, uint32_t stage, int unit) const {
     const int step = unit / kPanels, b = unit % kPanels, word = step % kPlaneSteps;
-    if (word == 0 && step > 0) load_codes(w, stage, b, step / kPlaneSteps);
-    if (kMode == ScaleMode::kSteps) load_scales(w, stage, b, step);
+    if (kMode == ScaleMode::kSteps || (kMode == ScaleMode::kTiles && step == 0)) join_scales(w, b);
     if constexpr (kBits == 4) {
       const uint32_t words[1] = {w.codes[b][word]};
       to = Dequant<Act, kBits>::run(words);
@@ -250,6 +272,10 @@ struct ConsumerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
       to = Dequant<Act, kBits>::run(words);
     }
     if (kMode != ScaleMode::kNone) apply_packed_scales<Act>(to, w.scales[b]);
+    // the panel's next, in the place of what has just been used
+    const int next = step + 1;
+    if (next < format::kSliceSteps && next % kPlaneSteps == 0) load_codes(w, stage, b, next / kPlaneSteps);
+    if (next < format::kSliceSteps && kMode == ScaleMode::kSteps) load_scales(w, stage, b, next);
   }
   __device__ __forceinline__ void multiply(Sums& sums, const ptx::FragA& weights, const Weights& w, uint32_t acts,
                                            int unit) const {
@@ -268,10 +294,9 @@ struct ConsumerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
     ptx::wgmma_commit();
   }
 
-  // This warp no longer reads the stage. Every block that shares activations writes into all of them, so all are told.
+  // This warp no longer reads the stage.
   __device__ __forceinline__ void release(int stage) const {
-    const int l = threadIdx.x % format::kLanes;
-    if (l < args.share) ptx::mbarrier_arrive_remote(this->empty(stage), this->sharer(l));
+    if (lane.told != 0) ptx::mbarrier_arrive_remote(lane.told + stage * kBarrierBytes);
   }
 
   // sums = the product over the columns of `work`; `place` moves on by as many stages.
@@ -283,36 +308,40 @@ struct ConsumerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
       for (int i = 0; i < kTile.block_m / 2; ++i) sums[b][i] = 0;
     ptx::mbarrier_wait(this->full(place.stage), place.parity);
     load_first(w, this->weights_at(place.stage));
+    renew(w, 0);
     dequantize(buffers[0], w, this->weights_at(place.stage), 0);
     // Carried along, so that the compiler does not work it out again from the start of shared memory, a slow special register.
     uint32_t acts = ptx::descriptor_low(this->acts_at(place.stage));
-    int before = -1;  // the stage before, where there is one
-    for (int left = work.last_col - work.first_col; left > 0; --left) {
+    const int cols = work.last_col - work.first_col;
+    for (int i = 0; i < cols; ++i) {
       const Place next = place.next();
+      const bool last = i == cols - 1;
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
         multiply(sums, buffers[u % kBuffers], w, acts, u);
-        if (u + 1 < kUnits) dequantize(buffers[(u + 1) % kBuffers], w, this->weights_at(place.stage), u + 1);
-        ptx::wgmma_wait<kPending>();
-        if (u ==
-            1) {  // the last unit of the stage before is done, and with it the users of the second word of metadata
-          if (before >= 0) release(before);
-#pragma unroll
-          for (int b = 0; b < kPanels; ++b) renew(w.meta[b][1], w.next_meta[b]);
-        }
-        if (u == kUnits - 1 && left > 1) {  // the users of the first word are done
-          ptx::mbarrier_wait(this->full(next.stage), next.parity);
-          load_first(w, this->weights_at(next.stage));
+        if (u == 0) load_meta(w, this->weights_at(place.stage), 1);
+        if (u + 1 < kUnits) {
+          dequantize(buffers[(u + 1) % kBuffers], w, this->weights_at(place.stage), u + 1);
+        } else if (!last) {
           dequantize(buffers[0], w, this->weights_at(next.stage), 0);
         }
+        if (u == kUnits - 2 && !last) {  // codes and scales of this stage have been used
+          ptx::mbarrier_wait(this->full(next.stage), next.parity);
+          load_first(w, this->weights_at(next.stage));
+        }
+        ptx::wgmma_wait<kPending>();
+        if (u == 1) {  // the last unit of the stage before is done, and with it the users of the second word
+          if (i > 0) release(place.before());
+          renew(w, 1);
+        }
+        if (u == kUnits - 1 && !last) renew(w, 0);
       }
-      before = place.stage;
       constexpr int kStageStep = kSmem.acts_bytes / kDescriptorUnit;
       acts += next.stage == 0 ? -(kSmem.stages - 1) * kStageStep : kStageStep;
       place = next;
     }
     ptx::wgmma_wait<0>();
-    release(before);
+    release(place.before());
   }
 };
 

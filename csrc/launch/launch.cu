@@ -41,6 +41,9 @@ Device read_device(int index) {
   d.smem_per_block = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   d.smem_per_sm = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
   d.l2_bytes = device_attribute(cudaDevAttrL2CacheSize, index);
+  // kHz and bits; two transfers a clock
+  d.dram_gb_per_s = 2e-6 * device_attribute(cudaDevAttrMemoryClockRate, index) *
+                    device_attribute(cudaDevAttrGlobalMemoryBusWidth, index) / 8;
 #if !defined(SPARSE_MARLIN_SM90A)
   d.hopper_kernels = false;
 #endif

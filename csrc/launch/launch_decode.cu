@@ -62,13 +62,14 @@ cudaError_t launch_decode(const Problem& problem, const Plan& plan, const device
   args.gemm = gemm;
   const Device& gpu = device_properties(device);
   const TileDecode& tile = tile_decode(plan.tile);
-  args.smem = decode_layout(problem, tile, gpu.num_sms, gpu.smem_per_sm);
+  args.smem = decode_layout(problem, tile, plan.splits, gpu.num_sms, gpu.smem_per_sm);
   args.tiles = gemm.tiles_m * gemm.tiles_n;
   args.cols = static_cast<int>(format::col_tiles(problem.k));
-  args.turns = turns(tile, problem.k);
+  args.turns = turns(tile, problem.k, plan.splits);
+  args.col_step = tile.warps_k * plan.splits;
   const cudaError_t status = write_maps(args, problem, tile);
   if (status != cudaSuccess) return status;
-  return launch_dependent(kernel, args, plan.grid, plan.threads, plan.smem_bytes, 1, plan.dependent, stream);
+  return launch_dependent(kernel, args, plan.grid, plan.threads, plan.smem_bytes, plan.splits, plan.dependent, stream);
 }
 
 }  // namespace sparse_marlin

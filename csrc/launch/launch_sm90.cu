@@ -84,7 +84,7 @@ cudaError_t launch_sm90(const Problem& problem, const Plan& plan, const device::
   args.gemm = gemm;
   args.out_mapped = gemm.n * kActBytes % kCopyBytes == 0;
   args.share = tile.share;
-  args.store_tokens = plan.splits > 1 ? kChunkTokens : smem.pass_tokens;
+  args.store_tokens = plan.splits > 1 ? kChunkTokens : smem.store_tokens;
   status = write_maps(args, problem, tile, smem);
   if (status != cudaSuccess) return status;
 

@@ -1,12 +1,24 @@
-// Predicted time of a plan, in microseconds: a roofline of one wave with the costs that do not scale. Pure.
+// What a plan costs: what it makes the GPU do, and the microseconds that takes by constants fitted to measurements. Pure.
 #pragma once
 #include "plan/plan.h"
 #include "plan/tiles_all.h"
 
 namespace sparse_marlin {
 
-double predicted_us(const Problem& problem, const Device& device, const Tile& tile, const Plan& plan);
-double predicted_us(const Problem& problem, const Device& device, const TileSm90& tile, const Plan& plan);
-double predicted_us(const Problem& problem, const Device& device, const TileDecode& tile, const Plan& plan);
+// What a plan makes the GPU do. Blocks run in waves: as many at once as the SMs hold.
+struct Effort {
+  double turns =
+      0;  // 128-column tiles that a block does one after another (each of its teams or warps along k does one)
+  double full_waves = 0;  // waves in which an SM holds as many blocks as it can,
+  double resident = 1;    // namely so many
+  double last_wave = 0;   // blocks an SM holds in the wave after these; 0: there is none
+  double crowding = 0;    // 0: the next kernel's blocks all find room beside this one's, 1: none does
+  double dram_us = 0;     // bytes over bandwidth: each input and output once
+  double l2_us = 0;       // bytes over a nominal bandwidth: what the blocks of one SM read
+  double reduce_us = 0;   // the portable kernel's splits: their sums, through the workspace
+};
+
+Effort effort(const Problem& problem, const Device& device, const Plan& plan);
+double predicted_us(const Problem& problem, const Device& device, const Plan& plan);
 
 }  // namespace sparse_marlin

@@ -22,10 +22,10 @@ constexpr int kMinComputeCapability = 80;
 constexpr int kHopper = 90;
 constexpr int64_t kMaxGrid = 2147483647;
 constexpr int64_t kMaxWorkspaceBytes = int64_t{1} << 30;
-// What plan() tries; plan_with_tile takes any up to kMaxSplits. In the Hopper kernel the splits are blocks of a cluster.
+// What plan() tries; plan_with_tile takes any up to kMaxSplits. In the kernels for Hopper the splits are blocks of a cluster.
 constexpr int kSplitsSm80[] = {1, 2, 3, 4, 6, 8, 12, 16};
 constexpr int kSplitsSm90[] = {1, 2, 3, 4, 5, 6, 7, 8};
-constexpr int kSplitsDecode[] = {1};
+constexpr int kSplitsDecode[] = {1, 2, 3, 4, 5, 6, 7, 8};
 constexpr int kMaxSplits = 16;
 constexpr int kEnoughBlocks = 8;  // blocks an SM, beyond which splitting k can only cost
 
@@ -79,7 +79,7 @@ void build_sm80(Candidate& c, const Problem& problem, const Device& device, int 
         "needs " + std::to_string(bytes) + " B of shared memory, a block has " + std::to_string(device.smem_per_block);
     return;
   }
-  p.predicted_us = predicted_us(problem, device, tile, p);
+  p.predicted_us = predicted_us(problem, device, p);
 }
 
 void build_sm90(Candidate& c, const Problem& problem, const Device& device, int splits) {
@@ -107,26 +107,32 @@ void build_sm90(Candidate& c, const Problem& problem, const Device& device, int 
   const int64_t tiles =
       ((problem.m + shape.block_m - 1) / shape.block_m) * ((problem.n + tile_n(p.tile) - 1) / tile_n(p.tile));
   // without splits a cluster walks over tiles; with them it does one, since the exchange takes the place of the stages
-  p.grid = (splits > 1 ? tiles : std::min<int64_t>(tiles, device.num_sms * shape.blocks() / cluster)) * cluster;
+  const int64_t clusters = splits > 1 ? tiles : std::min<int64_t>(tiles, device.num_sms * shape.blocks() / cluster);
+  p.grid = clusters * cluster;
   if (p.grid > kMaxGrid) {
     c.rejected = "grid of " + std::to_string(p.grid) + " blocks";
     return;
   }
-  p.predicted_us = predicted_us(problem, device, tile, p);
+  p.predicted_us = predicted_us(problem, device, p);
 }
 
 void build_decode(Candidate& c, const Problem& problem, const Device& device, int splits) {
   Plan& p = c.plan;
   const TileDecode& tile = tile_decode(p.tile);
-  if (splits > 1) {
-    c.rejected = "does not split k over blocks";
+  if (splits > kMaxSplitsDecode) {
+    c.rejected = "a cluster of " + std::to_string(splits) + " blocks, at most " + std::to_string(kMaxSplitsDecode);
+    return;
+  }
+  const int64_t tiles = tiles_decode(problem, tile), most = int64_t{device.num_sms} * tile.blocks;
+  if (splits > 1 && tiles * splits > most) {
+    c.rejected = "splits only where all blocks run at once";
     return;
   }
   if (problem.k % kDecodeColMultiple != 0) {
     c.rejected = "needs in features that are a multiple of " + std::to_string(kDecodeColMultiple);
     return;
   }
-  const SmemDecode smem = decode_layout(problem, tile, device.num_sms, device.smem_per_sm);
+  const SmemDecode smem = decode_layout(problem, tile, splits, device.num_sms, device.smem_per_sm);
   if (smem.stages == 0) {
     c.rejected = "no room for its stages";
     return;
@@ -135,8 +141,8 @@ void build_decode(Candidate& c, const Problem& problem, const Device& device, in
   p.workspace_bytes = workspace(problem, 1).size;
   p.num_stages = smem.stages;
   p.smem_bytes = smem.size;
-  p.grid = std::min<int64_t>(tiles_decode(problem, tile), int64_t{device.num_sms} * tile.blocks);
-  p.predicted_us = predicted_us(problem, device, tile, p);
+  p.grid = splits > 1 ? tiles * splits : std::min(tiles, most);
+  p.predicted_us = predicted_us(problem, device, p);
 }
 
 Candidate build(const Problem& problem, const Device& device, int tile, int splits) {

@@ -15,6 +15,7 @@ struct Device {
   int smem_per_block = 0;  // bytes a block may opt in to
   int smem_per_sm = 0;     // bytes
   int64_t l2_bytes = 0;
+  double dram_gb_per_s = 0;    // peak of the memory's data sheet; 0: unknown, taken from the generation
   bool hopper_kernels = true;  // this build holds native code for compute capability 9.0a, without which they are empty
 };
 

@@ -5,7 +5,8 @@
 //             scales [group][block_n]
 //   weights   [warp][stage][column tile of a turn] of { slices of packed weights }
 //   exchange  [warp along k][token of 8][block_n + padding] float32: the sums
-//   barriers  weights full [warp][stage], then chunk full [chunk], then chunk empty [chunk]
+//   received  [split][vector that the block owns] float32: where splits > 1, the blocks' sums
+//   barriers  weights full [warp][stage], then chunk full [chunk], then chunk empty [chunk], then received
 #pragma once
 #include <algorithm>
 
@@ -31,13 +32,16 @@ constexpr int stage_bytes(const TileDecode& t, int num_bits) {
   return t.turn_cols * t.slices * format::slice_bytes(num_bits);
 }
 // What a warp does of k, in turns; column tiles past the end are zero activations.
-constexpr int turns(const TileDecode& t, int64_t k) {
-  const int cols = t.warps_k * t.turn_cols;
+constexpr int turns(const TileDecode& t, int64_t k, int splits) {
+  const int cols = t.warps_k * t.turn_cols * splits;
   return static_cast<int>((format::col_tiles(k) + cols - 1) / cols);
 }
 
+// Tiles of many tokens keep rows for all, zeros where there are none, so that their addresses follow from one.
+constexpr bool keeps_all_rows(const TileDecode& t) { return t.token_blocks() > 2; }
+
 struct SmemDecode {
-  int rows;          // tokens kept: those that exist
+  int rows;          // tokens kept: those that exist, or all
   int copied_bytes;  // of a chunk, by its two copies
   int scales;        // offset in a chunk
   int chunk_bytes;
@@ -45,15 +49,24 @@ struct SmemDecode {
   int stages;
   int weights;  // offsets
   int exchange;
+  int received;  // where splits > 1
   int weights_full;
   int chunk_full;
   int chunk_empty;
+  int received_full;
   int size;  // with room to align the start
 };
 
-constexpr SmemDecode smem_decode(const TileDecode& t, const Problem& p, int stages, int chunks) {
+// Four features of a token stay together; where k is split, vector i of the tile belongs to block i % splits.
+inline constexpr int kVectorFeatures = 4;
+inline constexpr int kVectorBytes = kVectorFeatures * static_cast<int>(sizeof(float));
+constexpr int owned_vectors(const TileDecode& t, int rows, int splits, int rank = 0) {
+  return (rows * t.block_n() / kVectorFeatures - rank + splits - 1) / splits;
+}
+
+constexpr SmemDecode smem_decode(const TileDecode& t, const Problem& p, int splits, int stages, int chunks) {
   SmemDecode s{};
-  s.rows = static_cast<int>(std::min<int64_t>(p.m, t.block_m));
+  s.rows = keeps_all_rows(t) ? t.block_m : static_cast<int>(std::min<int64_t>(p.m, t.block_m));
   const int acts = t.warps_k * kHalves * s.rows * kSwizzleRowBytes;
   const int scales = chunk_scale_rows(t, p.group_size) * t.block_n() * kActBytes;
   s.copied_bytes = acts + scales;
@@ -64,23 +77,25 @@ constexpr SmemDecode smem_decode(const TileDecode& t, const Problem& p, int stag
   s.weights = chunks * s.chunk_bytes;
   s.exchange = s.weights + t.warps() * stages * stage_bytes(t, p.num_bits);
   const int sums = t.warps_k * std::min(s.rows, kMmaTokens) * (t.block_n() + kEpiloguePad);
-  s.weights_full = s.exchange + sums * static_cast<int>(sizeof(float));
+  s.received = s.exchange + sums * static_cast<int>(sizeof(float));
+  s.weights_full = s.received + (splits > 1 ? splits * owned_vectors(t, s.rows, splits) * kVectorBytes : 0);
   s.chunk_full = s.weights_full + t.warps() * stages * kBarrierBytes;
   s.chunk_empty = s.chunk_full + chunks * kBarrierBytes;
-  s.size = s.chunk_empty + chunks * kBarrierBytes + kSwizzleAlign;
+  s.received_full = s.chunk_empty + chunks * kBarrierBytes;
+  s.size = s.received_full + kBarrierBytes + kSwizzleAlign;
   return s;
 }
 
 // The layout that fits `room` bytes: as many chunks and then stages as a warp has use for, but two turns of weights come first, being
 // farther away than activations. stages == 0 where nothing fits.
-constexpr SmemDecode smem_decode(const TileDecode& t, const Problem& p, bool walks, int room) {
-  const int needed = turns(t, p.k);
+constexpr SmemDecode fitting_smem_decode(const TileDecode& t, const Problem& p, int splits, bool walks, int room) {
+  const int needed = turns(t, p.k, splits);
   const int most_stages = walks ? kMaxStagesDecode : std::clamp(needed, kMinStagesDecode, kMaxStagesDecode);
   const int most_chunks = walks ? kMaxChunks : std::clamp(needed * t.turn_cols, t.turn_cols + 1, kMaxChunks);
   const int wanted = std::min(most_stages, t.turn_cols > 1 ? kMinStagesDecode : kMinStagesDecode + 1);
   for (int chunks = most_chunks; chunks > t.turn_cols; --chunks) {
     for (int stages = most_stages; stages >= (chunks > t.turn_cols + 1 ? wanted : kMinStagesDecode); --stages) {
-      const SmemDecode s = smem_decode(t, p, stages, chunks);
+      const SmemDecode s = smem_decode(t, p, splits, stages, chunks);
       if (s.size <= room) return s;
     }
   }
@@ -92,9 +107,9 @@ constexpr int64_t tiles_decode(const Problem& p, const TileDecode& t) {
   return ((p.m + t.block_m - 1) / t.block_m) * ((p.n + t.block_n() - 1) / t.block_n());
 }
 // The layout a plan uses.
-constexpr SmemDecode decode_layout(const Problem& p, const TileDecode& t, int num_sms, int smem_per_sm) {
-  const bool walks = tiles_decode(p, t) > int64_t{num_sms} * t.blocks;
-  return smem_decode(t, p, walks, smem_per_sm / t.blocks - kSmemPerBlock);
+constexpr SmemDecode decode_layout(const Problem& p, const TileDecode& t, int splits, int num_sms, int smem_per_sm) {
+  const bool walks = tiles_decode(p, t) * splits > int64_t{num_sms} * t.blocks;
+  return fitting_smem_decode(t, p, splits, walks, smem_per_sm / t.blocks - kSmemPerBlock);
 }
 
 }  // namespace sparse_marlin

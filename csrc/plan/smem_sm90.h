@@ -7,6 +7,7 @@
 // Where k is split over a cluster, its sums are exchanged in the bytes of acts and weights, once these are done with.
 #pragma once
 #include <algorithm>
+#include <numeric>
 
 #include "plan/scale_mode.h"
 #include "plan/smem.h"
@@ -24,6 +25,7 @@ inline constexpr int kBarrierBytes = 8;
 inline constexpr int kMaxSmemSm90 = 227 << 10;  // a block may have so much on compute capability 9.0
 inline constexpr int kMaxStagesSm90 = 8;
 inline constexpr int kEpilogueTokensSm90 = 64;  // of one pass, at most
+inline constexpr int kChunkTokens = 16;         // whose sums of 64 features stay together
 
 struct SmemSm90 {
   int acts_bytes;     // a stage
@@ -31,6 +33,7 @@ struct SmemSm90 {
   int scales_bytes;   // a stage
   int weights_bytes;  // a stage, scales included
   int pass_tokens;    // tokens of one pass of the epilogue
+  int store_tokens;   // of one tensor copy
   int staging_bytes;  // a consumer
   int stages;
   int weights;  // offsets
@@ -42,10 +45,12 @@ struct SmemSm90 {
 
 constexpr int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 
+// Equal passes where they are not too short, otherwise the last one is.
 constexpr int pass_tokens(int block_m) {
-  int tokens = std::min(block_m, kEpilogueTokensSm90);
-  while (block_m % tokens != 0) tokens -= 16;
-  return tokens;
+  const int most = std::min(block_m, kEpilogueTokensSm90);
+  for (int tokens = most; 2 * tokens >= most; tokens -= kChunkTokens)
+    if (block_m % tokens == 0) return tokens;
+  return most;
 }
 
 // An SM of compute capability 9.0 has 228 KB, of which the system takes 1 KB for each block.
@@ -58,6 +63,7 @@ constexpr SmemSm90 smem_sm90(const ShapeSm90& t, int num_bits, ScaleMode mode) {
   s.scales_bytes = scale_rows(mode) * t.block_n() * kActBytes;
   s.weights_bytes = t.row_tiles() * s.tile_bytes + s.scales_bytes;
   s.pass_tokens = pass_tokens(t.block_m);
+  s.store_tokens = std::gcd(t.block_m, s.pass_tokens);
   s.staging_bytes = s.pass_tokens * kSwizzleRowBytes;
   const int fixed = t.consumers * s.staging_bytes + 2 * kMaxStagesSm90 * kBarrierBytes + 2 * kSwizzleAlign;
   s.stages = std::min(kMaxStagesSm90, (max_smem(t) - fixed) / (s.acts_bytes + s.weights_bytes));
@@ -70,7 +76,6 @@ constexpr SmemSm90 smem_sm90(const ShapeSm90& t, int num_bits, ScaleMode mode) {
 }
 
 // Splits of k: a block gets every block's sums of the chunks it owns (device/exchange_sm90.cuh) where the stages were.
-inline constexpr int kChunkTokens = 16;
 inline constexpr int kChunkBytes = kChunkTokens * format::kTileRows * static_cast<int>(sizeof(float));
 constexpr int consumer_chunks(const ShapeSm90& t) { return t.panels * t.block_m / kChunkTokens; }
 constexpr int exchange_bytes(const ShapeSm90& t, int splits) {

@@ -2,7 +2,8 @@
 // number them after those of plan/tiles_sm90.h.
 //
 // Its warps are warps_n along features x warps_k along k, each with a ring of its own for its weights; the warps along k share out
-// the 128-column tiles in turn. So no warp waits for another before the end of an output tile, where their sums meet.
+// the 128-column tiles in turn. So no warp waits for another before the end of an output tile, where their sums meet. Blocks of a
+// cluster can split k, too (splits > 1): wide tiles, which read their activations less often, then fill the chip all the same.
 #pragma once
 #include <array>
 
@@ -25,13 +26,14 @@ struct TileDecode {
   constexpr int token_blocks() const { return block_m / kMmaTokens; }
 };
 
-// Narrow tiles fill the chip where there are few features; wide ones read their activations less often. Where two blocks fit an SM, the
-// next launch can ask for its first weights before this one has finished.
+// Narrow tiles fill the chip where there are few features; wide ones read their activations less often. Two blocks fit an SM, so that
+// the next launch can ask for its first weights before this one has finished.
 inline constexpr std::array kTilesDecode{
     TileDecode{8, 1, 1, 8, 2, 2},  TileDecode{8, 2, 1, 8, 1, 2},  TileDecode{8, 2, 1, 12, 1, 2},
     TileDecode{8, 2, 2, 4, 2, 2},  TileDecode{8, 4, 2, 4, 1, 2},  TileDecode{16, 1, 1, 8, 1, 2},
     TileDecode{16, 2, 1, 8, 1, 2}, TileDecode{16, 2, 2, 4, 1, 2}, TileDecode{16, 2, 4, 2, 1, 2},
 };
+inline constexpr int kMaxSplitsDecode = 8;  // a cluster has at most so many blocks
 
 // A bulk copy brings the slices that a warp has of a column tile: they must lie in one 64-row tile.
 constexpr bool valid_tiles_decode() {

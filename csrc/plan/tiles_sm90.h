@@ -42,7 +42,7 @@ struct ShapeSm90 {
 // With few tokens four consumers hide each other's latency; with many, two keep more sums in registers.
 inline constexpr std::array kShapesSm90{
     ShapeSm90{16, 4, 1}, ShapeSm90{32, 2, 1},  ShapeSm90{32, 4, 1},  ShapeSm90{64, 2, 1},  ShapeSm90{64, 4, 1},
-    ShapeSm90{96, 2, 2}, ShapeSm90{128, 2, 1}, ShapeSm90{128, 2, 2}, ShapeSm90{192, 2, 2},
+    ShapeSm90{96, 2, 2}, ShapeSm90{128, 2, 1}, ShapeSm90{128, 2, 2}, ShapeSm90{176, 2, 2},
 };
 
 constexpr bool valid_shape(const ShapeSm90& t) {

@@ -7,6 +7,7 @@
 
 #include "format/packed_24.h"
 #include "format/problem.h"
+#include "plan/cost.h"
 #include "plan/plan.h"
 #include "plan/tiles.h"
 #include "plan/tiles_all.h"
@@ -134,14 +135,25 @@ void bind_structs(py::module_& m) {
       .def_readonly("has_bias", &Problem::has_bias);
   py::class_<Device>(m, "Device",
                      "A GPU, as far as planning needs to know it; compute_capability is 10 * major + minor.")
-      .def(py::init<int, int, int, int, int64_t, bool>(), py::arg("compute_capability"), py::arg("num_sms"),
-           py::arg("smem_per_block"), py::arg("smem_per_sm"), py::arg("l2_bytes"), py::arg("hopper_kernels") = true)
+      .def(py::init<int, int, int, int, int64_t, double, bool>(), py::arg("compute_capability"), py::arg("num_sms"),
+           py::arg("smem_per_block"), py::arg("smem_per_sm"), py::arg("l2_bytes"), py::arg("dram_gb_per_s") = 0.0,
+           py::arg("hopper_kernels") = true)
       .def_readonly("compute_capability", &Device::compute_capability)
       .def_readonly("num_sms", &Device::num_sms)
       .def_readonly("smem_per_block", &Device::smem_per_block)
       .def_readonly("smem_per_sm", &Device::smem_per_sm)
       .def_readonly("l2_bytes", &Device::l2_bytes)
+      .def_readonly("dram_gb_per_s", &Device::dram_gb_per_s)
       .def_readonly("hopper_kernels", &Device::hopper_kernels);
+  py::class_<Effort>(m, "Effort", "What a plan makes the GPU do, in the terms of the cost model (csrc/plan/cost.h).")
+      .def_readonly("turns", &Effort::turns)
+      .def_readonly("full_waves", &Effort::full_waves)
+      .def_readonly("resident", &Effort::resident)
+      .def_readonly("last_wave", &Effort::last_wave)
+      .def_readonly("crowding", &Effort::crowding)
+      .def_readonly("dram_us", &Effort::dram_us)
+      .def_readonly("l2_us", &Effort::l2_us)
+      .def_readonly("reduce_us", &Effort::reduce_us);
   py::class_<Plan>(m, "Plan")
       .def_readonly("tile", &Plan::tile)
       .def_readonly("splits", &Plan::splits)
@@ -166,6 +178,7 @@ void bind_structs(py::module_& m) {
 void bind_planner(py::module_& m) {
   m.attr("TILES") = py::tuple(py::cast(all_tiles()));
   m.def("plan", &plan, py::arg("problem"), py::arg("device"), "The best plan; ValueError says why there is none.");
+  m.def("effort", &effort, py::arg("problem"), py::arg("device"), py::arg("plan"));
   m.def("plan_with_tile", &plan_with_tile, py::arg("problem"), py::arg("device"), py::arg("tile"),
         py::arg("splits") = 0);
   m.def("explain", &explain, py::arg("problem"), py::arg("device"),

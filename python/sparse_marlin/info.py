@@ -64,6 +64,8 @@ def planner_device(index: int = 0) -> _core.Device:
         smem_per_block=found.shared_memory_per_block_optin,
         smem_per_sm=found.shared_memory_per_multiprocessor,
         l2_bytes=found.L2_cache_size,
+        # kHz and bits; two transfers a clock
+        dram_gb_per_s=2e-6 * getattr(found, "memory_clock_rate", 0) * getattr(found, "memory_bus_width", 0) / 8,
         hopper_kernels="sm_90a" in _core.BUILT_ARCHITECTURES.split(","),
     )
 

@@ -68,6 +68,19 @@ __device__ __forceinline__ void store_remote(uint32_t address, int block, float4
       : "memory");
 }
 
+// The two halves of cluster_meet, for what is to be done in between.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+// Four floats to a remote address; their bytes count towards the barrier at another one, in the same block.
+__device__ __forceinline__ void store_remote_counted(uint32_t address, uint32_t barrier, float4 v) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+      : "memory");
+}
+
 // Four 8 x 8 matrices of 16-bit values, stored transposed; lane l names the row l % 8 of matrix l / 8.
 __device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, const uint32_t (&v)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]),

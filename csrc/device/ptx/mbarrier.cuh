@@ -18,14 +18,16 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// On the barrier at the same address in another block of the cluster. Without .release.cluster, which stalls the warp for
-// hundreds of cycles: use it only where nothing but finished reads precedes it.
-__device__ __forceinline__ void mbarrier_arrive_remote(uint32_t barrier, uint32_t block) {
-  asm volatile(
-      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
-      "r"(block)
-      : "memory");
+// What lies at `address` here, in another block of the cluster.
+__device__ __forceinline__ uint32_t remote_address(uint32_t address, uint32_t block) {
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(block));
+  return remote;
+}
+// On a barrier at a remote address. Without .release.cluster, which stalls the warp for hundreds of cycles: use it only where
+// nothing but finished reads precedes it.
+__device__ __forceinline__ void mbarrier_arrive_remote(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 __device__ __forceinline__ bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
   uint32_t done;

@@ -1,0 +1,196 @@
+"""Fits the planner's constants to sweeps of benchmarks/bench_plan.py and writes csrc/plan/cost_table.h. Needs no GPU.
+
+    python benchmarks/fit_plan.py benchmarks/results/plan_h100.json
+    python benchmarks/fit_plan.py --report benchmarks/results/plan_h100.json  # of the constants compiled in
+
+The formula is in csrc/plan/cost.cpp; what a plan makes the GPU do comes from there, too (`_core.effort`). Each tile has
+constants of its own, found by non-linear least squares on the logarithm of the time. Plans near the best one of their
+problem weigh most, since the choice is made among them. Constants that few measurements decide stay near those of the
+tile's kernel as a whole, which are fitted first. Regrets are those of a choice among the plans that were measured.
+"""
+
+import argparse
+import json
+import subprocess
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from sparse_marlin import _core
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "csrc" / "plan" / "cost_table.h"
+NAMES = ("launch", "crowding", "turn", "turn_block", "tile", "l2", "power", "exchange", "exchange_split")
+START = (1.5, 0.3, 0.2, 0.1, 0.2, 1.0, 3.0, 1.0, 0.2)
+SMALLEST, LARGEST = 1e-4, 50.0
+LOWEST = {"power": 1.2, "launch": 0.2, "turn": 0.01, "turn_block": 0.01}
+HIGHEST = {"power": 8.0, "l2": 3.0}
+# Of the distance from the kernel's constants, in units of the error that a measurement may have.
+HOLD, KERNEL_HOLD = 0.02, 0.02
+SHARPNESS = 15.0  # a plan 1 / 15 slower than the best one weighs half
+GOOD = 0.07
+HBM3_GB_PER_S = 3352.0  # where a result does not say
+
+
+@dataclass
+class Samples:
+    """Plans of one tile, a column each."""
+
+    problem: list[int]
+    splits: np.ndarray
+    us: np.ndarray
+    weight: np.ndarray
+    effort: dict[str, np.ndarray]
+
+
+EFFORT = ("turns", "full_waves", "resident", "last_wave", "crowding", "dram_us", "l2_us", "reduce_us")
+
+
+def predicted(constants: np.ndarray, s: Samples) -> np.ndarray:
+    """csrc/plan/cost.cpp, for all plans at once."""
+    launch, crowding, turn, turn_block, tile, l2, power, exchange, exchange_split = constants
+    e = s.effort
+    waves = e["full_waves"] * (turn + turn_block * e["resident"])
+    waves = waves + np.where(e["last_wave"] > 0, turn + turn_block * e["last_wave"], 0)
+    work = e["turns"] * waves + tile * (e["full_waves"] * e["resident"] + e["last_wave"])
+    total = (work**power + e["dram_us"] ** power + (l2 * e["l2_us"]) ** power) ** (1 / power)
+    return (
+        launch
+        + crowding * e["crowding"]
+        + total
+        + np.where(s.splits > 1, exchange + exchange_split * s.splits + e["reduce_us"], 0)
+    )
+
+
+def load(paths: list[Path]) -> tuple[list[dict[int, Samples]], list[dict[str, object]]]:
+    """Samples by tile, and the problems; every file must have been measured with the tiles compiled in."""
+    rows: list[dict[str, object]] = []
+    columns: dict[int, list[tuple[object, ...]]] = defaultdict(list)
+    tiles = [f"{t.block_m}x{t.block_n} {t.kernel} share {t.share}" for t in _core.TILES]
+    for path in paths:
+        result = json.loads(path.read_text())
+        number = {
+            i: tiles.index(name) + result["tiles"][:i].count(name)
+            for i, name in enumerate(result["tiles"])
+            if name in tiles
+        }
+        device = _core.Device(
+            90, result["num_sms"], 227 << 10, 228 << 10, 50 << 20, result.get("dram_gb_per_s", HBM3_GB_PER_S)
+        )
+        for row in result["problems"]:
+            problem = _core.Problem(
+                row["m"], row["n"], row["k"], result["group_size"], result["num_bits"], result["dtype"]
+            )
+            measured = []
+            for old, splits, _, us, *_ in row["plans"]:
+                try:
+                    plan = _core.plan_with_tile(problem, device, number[int(old)], int(splits))
+                except (KeyError, ValueError):  # tiles and splits that are gone
+                    continue
+                measured.append((plan.tile, plan.splits, us, _core.effort(problem, device, plan)))
+            if not measured:
+                continue
+            best = min(us for _, _, us, _ in measured)
+            for tile, splits, us, effort in measured:
+                weight = 1 / (1 + SHARPNESS * (us / best - 1))
+                columns[tile].append((len(rows), splits, us, weight, *(getattr(effort, name) for name in EFFORT)))
+            rows.append({**row, "best_us": best})
+    samples = {}
+    for tile, values in columns.items():
+        problem_of, splits, us, weight, *efforts = zip(*values, strict=True)
+        samples[tile] = Samples(
+            list(problem_of), np.array(splits), np.array(us), np.array(weight),
+            {name: np.array(column, dtype=float) for name, column in zip(EFFORT, efforts, strict=True)},
+        )  # fmt: skip
+    return samples, rows
+
+
+def joined(samples: list[Samples]) -> Samples:
+    return Samples(
+        [p for s in samples for p in s.problem],
+        *(np.concatenate([getattr(s, name) for s in samples]) for name in ("splits", "us", "weight")),
+        {name: np.concatenate([s.effort[name] for s in samples]) for name in EFFORT},
+    )
+
+
+def fitted(s: Samples, start: np.ndarray, hold: float) -> np.ndarray:
+    def residuals(logs: np.ndarray) -> np.ndarray:
+        error = np.log(predicted(np.exp(logs), s) / s.us) * np.sqrt(s.weight)
+        return np.concatenate([error, hold * (logs - np.log(start))])
+
+    low = np.log([LOWEST.get(name, SMALLEST) for name in NAMES])
+    high = np.log([HIGHEST.get(name, LARGEST) for name in NAMES])
+    begin = np.clip(np.log(start), low + 1e-6, high - 1e-6)
+    return np.exp(least_squares(residuals, begin, bounds=(low, high), loss="soft_l1", f_scale=0.05).x)
+
+
+def fit(samples: dict[int, Samples]) -> list[np.ndarray]:
+    constants: list[np.ndarray] = [np.array(START)] * len(_core.TILES)
+    for kernel in sorted({t.kernel for t in _core.TILES}):
+        tiles = [i for i, t in enumerate(_core.TILES) if t.kernel == kernel]
+        known = [i for i in tiles if i in samples]
+        whole = fitted(joined([samples[i] for i in known]), np.array(START), KERNEL_HOLD)
+        for i in tiles:
+            constants[i] = fitted(samples[i], whole, HOLD) if i in samples else whole
+    return constants
+
+
+def write(constants: list[np.ndarray], source: str) -> None:
+    text = TABLE.read_text()
+    head, tail = text.index("kTileCosts{{\n") + len("kTileCosts{{\n"), text.index("}};")
+    body = ""
+    for tile, values in zip(_core.TILES, constants, strict=True):
+        body += f"    {{{', '.join(f'{v:.4g}' for v in values)}}},  "
+        body += f"// {tile.kernel} {tile.block_m} x {tile.block_n}" + (", 2 share\n" if tile.share > 1 else "\n")
+    TABLE.write_text(text[:head] + body + text[tail:])
+    subprocess.run(["clang-format", "-i", str(TABLE)], check=True)
+    print(f"{TABLE.relative_to(ROOT)}: from {source}")
+
+
+def report(constants: list[np.ndarray], samples: dict[int, Samples], rows: list[dict[str, object]]) -> None:
+    choices: dict[int, list[tuple[float, float, str]]] = defaultdict(list)
+    for tile, s in samples.items():
+        name = f"{_core.TILES[tile].kernel} {_core.TILES[tile].block_m}x{_core.TILES[tile].block_n}"
+        name += f" share {_core.TILES[tile].share}"
+        for problem, splits, us, guess in zip(s.problem, s.splits, s.us, predicted(constants[tile], s), strict=True):
+            choices[problem].append((guess, us, f"{name} splits {splits}"))
+    found = []
+    for problem, plans in choices.items():
+        row = rows[problem]
+        chosen, best = min(plans), min(plans, key=lambda plan: plan[1])
+        found.append((chosen[1] / best[1] - 1, row, chosen, best))
+    regrets = np.array([each[0] for each in found])
+    print(
+        f"{len(found)} problems, {sum(map(len, choices.values()))} plans: regret {regrets.mean():.1%} on average, "
+        f"{np.quantile(regrets, 0.9):.1%} at 90 %, {regrets.max():.1%} at worst, "
+        f"{(regrets <= GOOD).mean():.1%} within {GOOD:.0%}"
+    )
+    for regret, row, chosen, best in sorted(found, key=lambda each: -each[0])[:15]:
+        print(f"  {regret:6.1%}  M={row['m']} {row['k']} -> {row['n']}")
+        print(
+            f"          {chosen[2]}: {chosen[1]:.2f} us ({chosen[0]:.2f}); {best[2]}: {best[1]:.2f} us ({best[0]:.2f})"
+        )
+
+
+def compiled_in() -> list[np.ndarray]:
+    lines = [line for line in TABLE.read_text().splitlines() if line.startswith("    {")]
+    return [np.array([float(v) for v in line[line.index("{") + 1 : line.index("}")].split(",")]) for line in lines]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files of bench_plan.py")
+    parser.add_argument("--report", action="store_true", help="print the regret of the table as it is, fit nothing")
+    args = parser.parse_args()
+    samples, rows = load(args.results)
+    constants = compiled_in() if args.report else fit(samples)
+    report(constants, samples, rows)
+    if not args.report:
+        write(constants, ", ".join(path.name for path in args.results))
+
+
+if __name__ == "__main__":
+    main()

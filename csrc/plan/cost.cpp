@@ -1,0 +1,107 @@
+// The cost model: one formula for all kernels, with constants of each tile (plan/cost_table.h, fitted by benchmarks/fit_plan.py).
+//
+//   us = launch + crowding + (work^p + dram^p + (c l2)^p)^(1/p) + exchange
+//   work = turns x (sum over waves of turn + turn_block x blocks an SM holds) + tile x blocks of an SM, all waves
+//
+// A wave's turns take a latency and, for every block that an SM holds, what it keeps the SM busy. p lies between max (infinity) and
+// sum (1) of the three. A kernel that fills more than half of the places for blocks keeps its successor from starting early. The constants are microseconds of an H100; on other GPUs they rank plans, they do not predict times.
+#include "plan/cost.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "plan/cost_table.h"
+#include "plan/smem.h"
+#include "plan/smem_decode.h"
+#include "plan/smem_sm90.h"
+
+namespace sparse_marlin {
+namespace {
+
+constexpr double kL2BytesPerUsSm = 60e3;
+constexpr double kReduceBytesPerUsSm = 75e3;
+constexpr double kReached = 0.93;    // of the peak of the memory's bandwidth
+constexpr int kSmemReserved = 1024;  // bytes a block costs beside its own
+
+double dram_bytes_per_us_sm(const Device& device) {
+  if (device.dram_gb_per_s > 0) return kReached * device.dram_gb_per_s * 1e3 / device.num_sms;
+  switch (device.compute_capability) {
+    case 80: return 18e3;  // A100
+    case 86:
+    case 89: return 8e3;     // GDDR6
+    case 90: return 23.6e3;  // H100
+    default: return device.compute_capability >= 120 ? 10e3 : 50e3;
+  }
+}
+
+// Clusters of `size` blocks that run at once where an SM holds one block. An H100 or H200 has 132 SMs, in groups of 16 or 18 of which some miss one (docs/KERNEL_SM90.md).
+int resident_clusters(const Device& device, int size) {
+  constexpr int kSms = 132;
+  constexpr int kResident[kMaxCluster] = {132, 66, 39, 30, 22, 17, 15, 15};
+  return std::max(1, kResident[size - 1] * device.num_sms / kSms);
+}
+
+// Blocks an SM holds at once.
+int blocks_per_sm(const Device& device, const Plan& plan) {
+  if (family(plan.tile) != Family::kSm80) return blocks(plan.tile);
+  const Tile& tile = kTiles[plan.tile];
+  const int by_smem = device.smem_per_sm / (plan.smem_bytes + kSmemReserved);
+  const bool few_threads = device.compute_capability == 86 || device.compute_capability == 89;
+  const int by_threads = (few_threads ? 1536 : 2048) / tile.threads();
+  return std::max(1, std::min({by_smem, by_threads, tile.min_blocks}));
+}
+
+// Column tiles that a block works on at the same time: its teams or warps along k.
+int cols_at_once(int tile) {
+  switch (family(tile)) {
+    case Family::kSm80: return kTiles[tile].warps_k;
+    case Family::kSm90: return 1;
+    default: return tile_decode(tile).warps_k;
+  }
+}
+
+double ceil_div(double a, double b) { return std::ceil(a / b); }
+
+}  // namespace
+
+Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
+  const double m = std::max(1.0, static_cast<double>(problem.m)), sms = device.num_sms;
+  const double tiles_m = ceil_div(m, block_m(plan.tile)),
+               tiles_n = ceil_div(static_cast<double>(problem.n), tile_n(plan.tile));
+  const double col_tiles = static_cast<double>(format::col_tiles(problem.k));
+  const bool portable = family(plan.tile) == Family::kSm80;
+  const int cluster = portable ? 1 : share(plan.tile) * plan.splits;
+  const double groups = tiles_m * tiles_n * (portable ? plan.splits : 1);  // blocks or clusters
+  const double at_once = portable ? sms : resident_clusters(device, cluster);
+
+  Effort e;
+  e.turns = ceil_div(ceil_div(col_tiles, plan.splits), cols_at_once(plan.tile));
+  e.resident = blocks_per_sm(device, plan);
+  e.full_waves = std::floor(groups / (at_once * e.resident));
+  e.last_wave = std::ceil((groups - e.full_waves * at_once * e.resident) / at_once);
+  e.crowding = std::clamp(2 * groups / (at_once * e.resident) - 1, 0.0, 1.0);
+
+  const double weights =
+      static_cast<double>(format::tile_bytes(problem.num_bits)) * format::row_tiles(problem.n) * col_tiles;
+  const double acts = m * problem.k * kActBytes, out = m * problem.n * kActBytes;
+  e.dram_us = (weights + acts + out) / (dram_bytes_per_us_sm(device) * sms);
+  const double block_weights = weights / format::row_tiles(problem.n) * block_n(plan.tile) / format::kTileRows;
+  const double block_acts = acts / m * std::min<double>(m, block_m(plan.tile));
+  e.l2_us = (e.full_waves * e.resident + e.last_wave) * (block_weights + block_acts) / plan.splits / kL2BytesPerUsSm;
+  if (portable && plan.splits > 1)
+    e.reduce_us = 2 * m * problem.n * sizeof(float) * plan.splits / (kReduceBytesPerUsSm * sms);
+  return e;
+}
+
+double predicted_us(const Problem& problem, const Device& device, const Plan& plan) {
+  const Effort e = effort(problem, device, plan);
+  const TileCost& c = kTileCosts[plan.tile];
+  double work = e.turns * e.full_waves * (c.turn + c.turn_block * e.resident);
+  if (e.last_wave > 0) work += e.turns * (c.turn + c.turn_block * e.last_wave);
+  work += c.tile * (e.full_waves * e.resident + e.last_wave);
+  const double sum = std::pow(work, c.power) + std::pow(e.dram_us, c.power) + std::pow(c.l2 * e.l2_us, c.power);
+  const double exchange = plan.splits > 1 ? c.exchange + c.exchange_split * plan.splits + e.reduce_us : 0;
+  return c.launch + c.crowding * e.crowding + std::pow(sum, 1 / c.power) + exchange;
+}
+
+}  // namespace sparse_marlin
