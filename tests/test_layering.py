@@ -17,9 +17,10 @@ MAY_INCLUDE = {
     "plan": {"format"},
     "cpu": {"format", "device"},
     "pack": {"format", "cpu"},
+    "legacy": {"format", "cpu", "pack"},
     "launch": {"format", "plan", "device"},
     "instantiations": {"format", "plan", "device", "launch"},
-    "torch": {"format", "plan", "device", "cpu", "pack", "launch"},
+    "torch": {"format", "plan", "device", "cpu", "pack", "legacy", "launch"},
     "python": {"format", "plan"},
 }
 PLAN_LEAVES = {
