@@ -21,7 +21,7 @@ MAY_INCLUDE = {
     "launch": {"format", "plan", "device"},
     "instantiations": {"format", "plan", "device", "launch"},
     "torch": {"format", "plan", "device", "cpu", "pack", "legacy", "launch"},
-    "python": {"format", "plan"},
+    "python": {"format", "legacy", "plan"},
 }
 PLAN_LEAVES = {
     f"plan/{name}.h"
