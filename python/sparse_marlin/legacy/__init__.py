@@ -1,5 +1,7 @@
 """Checkpoints of the formats that came before: import, export, and the names that other code calls."""
 
+from .convert import export_checkpoint, import_checkpoint
+from .formats import open_source
 from .layouts import (
     COMPRESSED_TENSORS,
     GPTQ,
@@ -21,10 +23,13 @@ __all__ = [
     "NAMES",
     "ORIGINAL",
     "PackedLayer",
+    "export_checkpoint",
     "export_marlin_24",
     "from_marlin_24",
+    "import_checkpoint",
     "import_marlin_24",
     "naming_of",
+    "open_source",
     "permute_scales",
     "scales_are_permuted",
     "unpermute_scales",
