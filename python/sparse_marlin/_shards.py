@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -46,6 +47,10 @@ class TensorInfo:
     path: Path
     dtype: torch.dtype | None  # None: a dtype this module has no name for
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * (self.dtype.itemsize if self.dtype is not None else 1)
 
     @property
     def where(self) -> str:
@@ -142,7 +147,7 @@ def model_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     found = shard_paths(path)
-    for pattern in ("pytorch_model*.bin", "*.pt", "*.pth", "*.bin"):
+    for pattern in ("pytorch_model*.bin", "*.pt", "*.pth"):
         found = found or sorted(path.glob(pattern))
     return found
 
@@ -243,7 +248,7 @@ def new_folder(
     if target.exists() and not overwrite:
         raise ValueError(
             f"{name}: {target}: expected a name that does not exist yet, got one that does; "
-            "choose another, or allow overwriting"
+            "choose another, or overwrite it (overwrite=True, --overwrite)"
         )
     if target.exists() and not target.is_dir():
         raise ValueError(f"{name}: {target}: expected a folder to overwrite, got a file")
