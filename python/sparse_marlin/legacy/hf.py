@@ -42,6 +42,11 @@ class Marlin24Config(QuantizationConfigMixin):
 class Marlin24HfQuantizer(SparseMarlinHfQuantizer):
     """Opens marlin-24 checkpoints. The loaded model is one of this library's: `save_pretrained` writes our format."""
 
+    naming: str
+
+    def validate_environment(self, *_: Any, **__: Any) -> None:
+        _operations()
+
     def _process_model_before_weight_loading(
         self, model: Any, *, dtype: torch.dtype | None = None, checkpoint_files: Any = None, **_: Any
     ) -> Any:
@@ -98,7 +103,7 @@ def config_for_transformers(folder: Path) -> dict[str, Any] | None:
         if source.kind == SAVED:
             return {}
         safetensors = all(info.path.suffix == ".safetensors" for info in source.files.infos.values())
-        if source.kind != MARLIN_24 or not safetensors:
+        if source.kind != MARLIN_24 or not safetensors or not _can_convert_while_loading():
             return None
         if isinstance(source.config.get("quantization_config"), Mapping):
             return {}
@@ -109,6 +114,13 @@ def config_for_transformers(folder: Path) -> dict[str, Any] | None:
             COMPRESSED_TENSORS: {"quant_method": "compressed-tensors", "format": MARLIN_24},
             ORIGINAL: {"quant_method": ORIGINAL_METHOD},
         }[source.naming]
+
+
+def _can_convert_while_loading() -> bool:
+    try:
+        return bool(_operations())
+    except ImportError:  # transformers 4
+        return False
 
 
 _made: dict[str, Any] = {}
