@@ -7,8 +7,8 @@
 
 #include "format/packed_24.h"
 #include "format/problem.h"
-#include "plan/cost.h"
 #include "legacy/marlin_24.h"
+#include "plan/cost.h"
 #include "plan/plan.h"
 #include "plan/tiles.h"
 #include "plan/tiles_all.h"
