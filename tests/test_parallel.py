@@ -1,0 +1,289 @@
+"""Tensor parallelism with 2 and 4 processes over gloo: layers against the whole layer, models against one process."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_helpers import random_layer, run_processes, tiny_llama
+from torch import nn
+
+from sparse_marlin import SparseMarlinLinear
+from sparse_marlin.parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    column_parallel,
+    cut_linear,
+    row_parallel,
+    tensor_parallel,
+)
+from sparse_marlin.shard_plan import make_plan, split_evenly, split_heads, split_layer
+from sparse_marlin.testing import activations, assert_accepted, assert_same_bits
+
+transformers = pytest.importorskip("transformers")
+
+N, K, GROUP = 320, 640, 128
+SHAPES = [(N, K, 4, 128), (100, 516, 8, 64), (N, 512, 4, -1), (70, 300, 4, 256)]
+
+
+# --- plans: no process ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "unit"), [(1, 1), (640, 128), (641, 128), (96, 32), (7, 2)])
+def test_even_splits_cover_everything_once(size, unit):
+    for world_size in range(1, -(-size // unit) + 1):
+        ranges = split_evenly(size, world_size, unit)
+        assert ranges[0][0] == 0
+        assert ranges[-1][1] == size
+        assert all(first[1] == second[0] for first, second in itertools.pairwise(ranges))
+        assert all(start < stop and start % unit == 0 for start, stop in ranges)
+        assert max(b - a for a, b in ranges) - min(b - a for a, b in ranges[:-1] or ranges) <= unit
+    with pytest.raises(ValueError, match="expected at least"):
+        split_evenly(size, -(-size // unit) + 1, unit)
+
+
+@pytest.mark.parametrize(("heads", "kv"), [(32, 8), (9, 3), (8, 8), (8, 1), (12, 4), (6, 2)])
+def test_every_query_head_is_with_its_key_head(heads, kv):
+    readers = heads // kv
+    for world_size in range(1, heads + 1):
+        shares = split_heads(heads, kv, world_size)
+        assert len(shares) == world_size
+        assert [q for share in shares for q in range(*share[0])] == list(range(heads))
+        for (first, last), (first_kv, last_kv) in shares:
+            local = (last - first) // (last_kv - first_kv)
+            for query in range(first, last):
+                assert query // readers == first_kv + (query - first) // local
+
+
+def test_cuts_fall_on_tiles_and_groups_where_there_are_enough_of_them():
+    layer = SparseMarlinLinear(1024, 1000, device="meta", group_size=256)
+    assert split_layer(layer, 2, True) == ((0, 512), (512, 1000))
+    assert split_layer(layer, 3, False) == ((0, 512), (512, 768), (768, 1024))
+    assert all(start % 128 == 0 for start, _ in split_layer(layer, 8, False))  # finer groups instead of idle ranks
+    assert all(start % 32 == 0 for start, _ in split_layer(layer, 32, False))
+    with pytest.raises(ValueError, match="too few for 33 ranks"):
+        split_layer(layer, 33, False)
+    channelwise = SparseMarlinLinear(40, 40, device="meta", group_size=-1)
+    assert all(start % 4 == 0 for start, _ in split_layer(channelwise, 10, False))
+
+
+def meta_llama(**changes):
+    with torch.device("meta"):
+        return tiny_dense(**changes)
+
+
+def tiny_dense(**changes):
+    settings = {"vocab_size": 320, "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **heads, **changes}))
+
+
+def test_the_models_own_plan_is_followed():
+    plan = make_plan(meta_llama(tie_word_embeddings=False), 2)
+    cuts = {name.rpartition(".")[2]: cut for name, cut in plan.cuts.items()}
+    assert {name for name, cut in cuts.items() if cut.column} == {
+        "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"
+    }  # fmt: skip
+    assert {name for name, cut in cuts.items() if cut.whole} == {"lm_head"}
+    assert plan.heads == {"model.layers.0.self_attn": ((2, 1), (2, 1))}
+    assert cuts["k_proj"].ranges == ((0, 64), (64, 128))
+    assert not plan.reasons
+
+
+def test_what_cannot_be_cut_stays_whole_with_the_reason():
+    tied = make_plan(meta_llama(tie_word_embeddings=True), 2)
+    assert "shared with another module" in tied.reasons["lm_head"]
+    heads = make_plan(meta_llama(), 5)
+    assert "4 query heads are too few for 5 ranks" in heads.reasons["model.layers.0.self_attn.o_proj"]
+    assert "model.layers.0.mlp.up_proj" in heads.cuts
+    model = tiny_llama(layers=1, hidden_size=80, head_dim=20, group_size=32)
+    odd = make_plan(model, 4)
+    assert "heads of 20 features cannot be cut into scale groups" in odd.reasons["model.layers.0.self_attn.q_proj"]
+    assert "down_proj" in "".join(odd.cuts)
+    with pytest.raises(ValueError, match="expected a transformers model with a tensor-parallel plan"):
+        make_plan(nn.Sequential(nn.Linear(8, 8)), 2)
+
+
+# --- one process a rank, emulated on one device -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parts_of_a_layer_make_the_layer(device, shape, world_size):
+    n, k, num_bits, group_size = shape
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    layer = random_layer(n, k, True, group_size, num_bits, dtype=dtype, device=device)
+    x = activations(5, k, dtype=dtype, device=device)
+    columns = [cut_linear(layer, True, part)(x) for part in split_layer(layer, world_size, True)]
+    assert_accepted(torch.cat(columns, -1), x, layer.codes(), layer.scales, group_size, layer.bias, "columns")
+    total = torch.zeros(5, n, device=device, dtype=dtype)
+    for rank, part in enumerate(split_layer(layer, world_size, False)):
+        local = cut_linear(layer, False, part, bias=rank == 0)
+        assert (local.bias is None) == (rank > 0)
+        total += local(x[:, slice(*part)])
+    assert_accepted(total, x, layer.codes(), layer.scales, group_size, layer.bias, "rows")
+
+
+def test_one_process_alone_computes_the_whole(device):
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    layer = random_layer(N, K, True, dtype=dtype, device=device)
+    x = activations(3, K, dtype=dtype, device=device)
+    for parallel in (column_parallel(layer, gather_output=True), row_parallel(layer), row_parallel(layer)):
+        assert_same_bits(parallel(x), layer(x))
+
+
+# --- real processes ---------------------------------------------------------------------------------------------------
+
+
+def layer_results(shapes, dtypes):
+    """On one rank: outputs of column, gathered column, row and split row layers, and gradients of the input."""
+    rank, found = dist.get_rank(), {}
+    for shape, dtype in itertools.product(shapes, dtypes):
+        n, k, num_bits, group_size = shape
+        layer = random_layer(n, k, True, group_size, num_bits, dtype=dtype)
+        x = activations(2, 3, k, dtype=dtype)
+        column, row = column_parallel(layer), row_parallel(layer)
+        made = {
+            "column": column(x),
+            "gathered": column_parallel(layer, gather_output=True)(x),
+            "row": row(x[..., slice(*row.ranges[rank])]),
+            "split": row_parallel(layer, split_input=True)(x),
+        }
+        dense = nn.Linear(k, n, dtype=dtype)
+        torch.manual_seed(1)
+        nn.init.normal_(dense.weight, std=k**-0.5)
+        nn.init.normal_(dense.bias)
+        made["dense gathered"] = column_parallel(dense, gather_output=True)(x).detach()
+        made["dense split"] = row_parallel(dense, split_input=True)(x).detach()
+        made["dense"] = dense(x).detach()
+        size = x.abs() @ dense.weight.detach().abs().t() + dense.bias.detach().abs()
+        made["dense bound"] = 2 * torch.finfo(dtype).eps * size  # sums in another order, products rounded before them
+        for kind in (column_parallel(layer, gather_output=True), row_parallel(layer, split_input=True)):
+            leaf = x.clone().requires_grad_()
+            kind(leaf).square().sum().backward()
+            made[f"gradient {type(kind).__name__}"] = leaf.grad
+        found[(shape, dtype)] = made
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_parallel_layers_over_processes(world_size):
+    dtypes = [torch.float32, torch.float16, torch.bfloat16]
+    ranks = run_processes(world_size, layer_results, SHAPES, dtypes)
+    for shape, dtype in itertools.product(SHAPES, dtypes):
+        n, k, num_bits, group_size = shape
+        layer = random_layer(n, k, True, group_size, num_bits, dtype=dtype)
+        x = activations(2, 3, k, dtype=dtype)
+        made = [rank[(shape, dtype)] for rank in ranks]
+        flat = x.reshape(-1, k)
+        wanted = (flat, layer.codes(), layer.scales, group_size, layer.bias)
+        joined = torch.cat([each["column"] for each in made], -1)
+        assert_accepted(joined.reshape(-1, n), *wanted, "column")
+        for each in made:
+            assert_same_bits(each["gathered"], joined, "gathered")
+            assert_accepted(each["row"].reshape(-1, n), *wanted, "row")
+            assert_same_bits(each["split"], each["row"], "split")
+            assert_same_bits(each["row"], made[0]["row"], "every rank has the same sum")
+            for kind in ("dense gathered", "dense split"):
+                assert bool(((each[kind] - each["dense"]).abs() <= each["dense bound"]).all()), kind
+            if dtype == torch.float32:
+                leaf = x.clone().requires_grad_()
+                layer(leaf).square().sum().backward()
+                for kind in ("ColumnParallelLinear", "RowParallelLinear"):
+                    assert torch.allclose(each[f"gradient {kind}"], leaf.grad, rtol=1e-4, atol=1e-4), kind
+
+
+def compiled_results():
+    layer = random_layer(N, K, True)
+    x = activations(4, K)
+    block = nn.Sequential(column_parallel(layer, gather_output=True), nn.SiLU(), row_parallel(
+        random_layer(64, N, True, seed=9), split_input=True))  # fmt: skip
+    with torch.no_grad():
+        return block(x), torch.compile(block, fullgraph=True, backend="aot_eager")(x)
+
+
+def test_compiles_as_one_graph():
+    for eager, compiled in run_processes(2, compiled_results):
+        assert torch.allclose(eager, compiled, rtol=1e-5, atol=1e-5)
+
+
+CASES = {
+    "grouped query": {},
+    "one key head": {"num_key_value_heads": 1},
+    "nine heads": {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576, "layers": 1},
+    "tied": {"tie_word_embeddings": True, "layers": 1},
+    "8 bits": {"num_bits": 8, "group_size": -1, "layers": 1},
+}
+
+
+@torch.no_grad()
+def model_results(cases):
+    found = {}
+    for name, changes in cases.items():
+        model = tiny_llama(**changes)
+        report = tensor_parallel(model)
+        ids = torch.randint(0, 320, (2, 9), generator=torch.Generator().manual_seed(0))
+        logits = model(ids).logits
+        tokens = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        static = model.generate(
+            ids, max_new_tokens=12, do_sample=False, pad_token_id=0, cache_implementation="static", disable_compile=True
+        )
+        found[name] = (logits, tokens, static, str(report), report.bytes_before, report.bytes_after)
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@torch.no_grad()
+def test_models_over_processes(world_size):
+    ranks = run_processes(world_size, model_results, CASES)
+    for name, changes in CASES.items():
+        model = tiny_llama(**changes)
+        ids = torch.randint(0, 320, (2, 9), generator=torch.Generator().manual_seed(0))
+        logits = model(ids).logits
+        tokens = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        scale = logits.abs().max()
+        for rank, (got, made, static, report, before, after) in enumerate(each[name] for each in ranks):
+            assert (got - logits).abs().max() <= 1e-5 * scale, name
+            assert torch.equal(made, tokens), name
+            assert torch.equal(static, tokens), name
+            assert f"rank {rank} of {world_size}" in report
+            assert after < before
+            assert_same_bits(got, ranks[0][name][0], "every rank has the same logits")
+
+
+@torch.no_grad()
+def test_a_model_is_cut_once_and_stays_as_it_was_if_it_cannot_be():
+    model = tiny_llama(layers=1)
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match="without one"):
+        tensor_parallel(nn.Sequential(random_layer(64, 128)))
+    tensor_parallel(model)
+    assert isinstance(model.model.layers[0].mlp.down_proj, RowParallelLinear)
+    assert isinstance(model.model.layers[0].mlp.up_proj, ColumnParallelLinear)
+    with pytest.raises(ValueError, match="got one that is cut already"):
+        tensor_parallel(model)
+    assert before
+
+
+def wrong_shares():
+    layer = random_layer(64, 256, True)
+    said = []
+    for make in (
+        lambda: ColumnParallelLinear(layer, ((0, 32), (32, 64))),
+        lambda: ColumnParallelLinear(layer, ((0, 64),)),
+        lambda: RowParallelLinear(layer, ((0, 256), (256, 512))),
+    ):
+        try:
+            make()
+            said.append("")
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_wrong_shares_are_refused():
+    first, second = run_processes(2, wrong_shares)
+    assert "expected the 32 features 0 to 32 of rank 0, got 64" in first[0]
+    assert "ranges: expected one for each of 2 ranks, got 1" in first[1]
+    assert first[2] == ""
+    assert "linear.bias: expected None on rank 1" in second[2]
