@@ -4,21 +4,27 @@
 """
 
 # The operators are loaded first: the modules below use them.
-from . import _extension  # noqa: F401
+from . import _extension, _hf_hook  # noqa: F401
 from ._version import __version__
+from .checkpoint import from_pretrained, load_checkpoint, save_checkpoint
 from .info import info
 from .linear import SparseMarlinLinear
 from .ops import pack_24_weights, sparse_marlin_gemm, unpack_24_weights
 from .replace import replace_linears
 from .report import ConversionReport
 
+_hf_hook.install()
+
 __all__ = [
     "ConversionReport",
     "SparseMarlinLinear",
     "__version__",
+    "from_pretrained",
     "info",
+    "load_checkpoint",
     "pack_24_weights",
     "replace_linears",
+    "save_checkpoint",
     "sparse_marlin_gemm",
     "unpack_24_weights",
 ]

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ._progress import tracked
+from .checkpoint import attach_config
 from .linear import SparseMarlinLinear
 from .quantize import QUAD, SCALE_DTYPES, QuantizedWeight, quantize_weight_only, relative_error
 from .report import ConversionReport, LayerReport
@@ -130,6 +131,7 @@ def convert_linears(
             parent._modules[attribute] = made[candidate.name][
                 0
             ]  # what setattr would do, without a hook that could fail
+    attach_config(model)
     return report
 
 
