@@ -45,7 +45,7 @@ def random_layer(n, k, bias=False, group_size=128, num_bits=4, seed=0, dtype=tor
     """A packed layer with scales that keep the size of activations."""
     codes = random_codes(n, k, num_bits, seed)
     scales = random_scales(n, k, group_size, torch.float32, seed) * (25 / k**0.5 if num_bits == 4 else 1.6 / k**0.5)
-    offset = torch.randn(n, generator=torch.Generator().manual_seed(seed + 3)) if bias else None
+    offset = 0.1 * torch.randn(n, generator=torch.Generator().manual_seed(seed + 3)) if bias else None
     layer = SparseMarlinLinear.from_codes(codes, scales.to(dtype), offset, group_size=group_size, num_bits=num_bits)
     return layer.to(device).requires_grad_(False)
 
@@ -70,6 +70,7 @@ def tiny_llama(seed=0, layers=2, dtype=torch.float32, device="cpu", group_size=1
     }
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    torch.nn.init.normal_(model.model.embed_tokens.weight)  # tokens that differ give texts that differ
     for index, (name, module) in enumerate(list(model.named_modules())):
         if type(module) is torch.nn.Linear and name != "lm_head":
             parent, _, attribute = name.rpartition(".")

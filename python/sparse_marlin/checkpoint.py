@@ -379,7 +379,7 @@ def load_checkpoint(
     check_index(folder, tensors)
     check_tensors(config.layers, tensors, str(folder))
     install_layers(model, config.layers, where=str(folder))
-    places = _places(model)
+    places = tensor_places(model)
     served = {id(_tensor_at(*places[name])) for name in tensors if name in places}
     missing = sorted(name for name, place in places.items() if id(_tensor_at(*place)) not in served)
     unexpected = sorted(set(tensors) - set(places))
@@ -398,10 +398,10 @@ def load_checkpoint(
 
 
 # A tensor of a model: the module that owns it and its name there.
-_Place = tuple[nn.Module, str]
+Place = tuple[nn.Module, str]
 
 
-def _places(model: nn.Module) -> dict[str, _Place]:
+def tensor_places(model: nn.Module) -> dict[str, Place]:
     """Where every name of the model's state dict leads; tied tensors are one tensor at several places."""
     return {
         f"{prefix}.{name}" if prefix else name: (module, name)
@@ -416,7 +416,7 @@ def _tensor_at(module: nn.Module, name: str) -> torch.Tensor:
 
 
 def _load_shard(
-    places: Mapping[str, _Place],
+    places: Mapping[str, Place],
     path: Path,
     tensors: Mapping[str, TensorInfo],
     config: CheckpointConfig,

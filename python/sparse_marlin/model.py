@@ -95,13 +95,19 @@ def load_model(
                 model = transformers.AutoModelForCausalLM.from_pretrained(
                     path, dtype=dtype, **options, **config_options
                 )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+            tokenizer = load_tokenizer(path, **options)
         except (OSError, KeyError, ImportError, ValueError) as error:
             raise RuntimeError(_why_not_loaded(str(source or DEMO_NAME), error)) from error
     model.requires_grad_(False)
-    tokenizer.clean_up_tokenization_spaces = False  # it would eat the space before punctuation
     name = DEMO_NAME if source is None else str(source)
     return LoadedModel(name, model.to(device).eval(), tokenizer, dtype, device)
+
+
+def load_tokenizer(path: str, **options: Any) -> Any:
+    """The tokenizer of a directory or hub name; `options` are transformers'."""
+    tokenizer = _import_transformers().AutoTokenizer.from_pretrained(path, **options)
+    tokenizer.clean_up_tokenization_spaces = False  # it would eat the space before punctuation
+    return tokenizer
 
 
 def meta_model(source: str) -> nn.Module:

@@ -1,8 +1,8 @@
 """Tensor parallelism over torch.distributed: column- and row-parallel layers, and transformers models cut to them.
 
     torch.distributed.init_process_group("nccl")          # torchrun --nproc-per-node 2 ...
-    model = sparse_marlin.parallel.from_pretrained(path)  # each rank reads its part
-    sparse_marlin.parallel.tensor_parallel(model)         # or: cut a model that is there, the same on every rank
+    model, report = sparse_marlin.sharded_loading.from_pretrained(path)  # each rank reads its part
+    report = sparse_marlin.parallel.tensor_parallel(model)  # or: cut a model that is there, the same on every rank
 
 A column-parallel layer holds some output features: its input is whole, its output a part. A row-parallel layer holds
 some input features: its input is a part, and the partial products are summed over the ranks, so only rank 0 has the
@@ -11,7 +11,9 @@ bias. An attention or feed-forward block is a column layer, what lies between, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .linear import SparseMarlinLinear
+from .model import default_device
 from .replace import module_bytes
 from .shard_plan import Cut, Range, ShardPlan, is_linear, linear_sizes, make_plan, split_layer
 from .slicing import PackedWeight, owned, slice_in, slice_out
@@ -32,6 +35,35 @@ def rank_and_size(group: Group = None) -> tuple[int, int]:
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
+
+
+@contextlib.contextmanager
+def torchrun_group(device: torch.device | None = None) -> Iterator[torch.device | None]:
+    """Inside, the processes that torchrun started are one group, over NCCL where they compute on GPUs and gloo on the
+    CPU; yields this process's device. Without torchrun, or with one process, nothing happens.
+
+    `device`: cuda, or None for the default, becomes the GPU of this process's LOCAL_RANK.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        yield device
+        return
+    device = default_device() if device is None else device
+    if device.type == "cuda":
+        local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if device.index is not None or local >= count:
+            raise ValueError(
+                f"torchrun: device: expected cuda with one GPU for each process of this machine, got {device} and "
+                f"{count} GPUs for local rank {local}; start fewer processes, or pass cpu"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
+    )
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
 
 
 # --- what the ranks say to each other ---------------------------------------------------------------------------------
@@ -227,13 +259,17 @@ def row_parallel(linear: nn.Module, *, split_input: bool = False, group: Group =
     return _parallel(linear, Cut(False, split_layer(linear, world_size, False), split_input), group, "row_parallel")
 
 
-def _parallel(linear: nn.Module, cut: Cut, group: Group, name: str, *, is_part: bool = False) -> Any:
+def _parallel(linear: nn.Module, cut: Cut, group: Group, name: str) -> Any:
     rank, _ = rank_and_size(group)
-    if not is_part:
-        linear = cut_linear(linear, cut.column, cut.ranges[rank], bias=cut.column or rank == 0, name=name)
+    part = cut_linear(linear, cut.column, cut.ranges[rank], bias=cut.column or rank == 0, name=name)
+    return wrap_part(part, cut, group)
+
+
+def wrap_part(part: nn.Module, cut: Cut, group: Group = None) -> ColumnParallelLinear | RowParallelLinear:
+    """The parallel layer around this rank's part of a linear."""
     if cut.column:
-        return ColumnParallelLinear(linear, cut.ranges, gather_output=cut.whole, group=group).train(linear.training)
-    return RowParallelLinear(linear, cut.ranges, split_input=cut.whole, group=group).train(linear.training)
+        return ColumnParallelLinear(part, cut.ranges, gather_output=cut.whole, group=group).train(part.training)
+    return RowParallelLinear(part, cut.ranges, split_input=cut.whole, group=group).train(part.training)
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -279,11 +315,16 @@ def tensor_parallel(model: nn.Module, group: Group = None) -> ParallelReport:
         raise ValueError("tensor_parallel: model: expected a whole model, got one that is cut already")
     before = module_bytes(model)
     plan = make_plan(model, world_size)
-    made = {name: _parallel(model.get_submodule(name), cut, group, name) for name, cut in plan.cuts.items()}
-    return _install(model, plan, made, rank, before)
+    made: dict[str, nn.Module] = {
+        name: _parallel(model.get_submodule(name), cut, group, name) for name, cut in plan.cuts.items()
+    }
+    return install_parts(model, plan, made, rank, before)
 
 
-def _install(model: nn.Module, plan: ShardPlan, made: dict[str, nn.Module], rank: int, before: int) -> ParallelReport:
+def install_parts(
+    model: nn.Module, plan: ShardPlan, made: Mapping[str, nn.Module], rank: int, before: int
+) -> ParallelReport:
+    """Put the parts of this rank in the places of the whole layers; `before` are the bytes of the whole model."""
     for name, layer in made.items():
         parent, _, attribute = name.rpartition(".")
         model.get_submodule(parent)._modules[attribute] = layer
