@@ -321,10 +321,8 @@ def _load_part(
 
         _say("Loading the model")
         model, parts = from_pretrained(path, device=device, dtype=_dtype(dtype))
-        loaded, report = (
-            LoadedModel(path, model, load_tokenizer(path), model.dtype, device or torch.device("cpu")),
-            None,
-        )
+        some: torch.Tensor = next(model.parameters())
+        loaded, report = LoadedModel(path, model, load_tokenizer(path), some.dtype, some.device), None
     else:
         loaded, report = _load(path, sparse, group_size, num_bits, str(device), dtype)
         parts = tensor_parallel(loaded.model)
