@@ -1,6 +1,11 @@
 """Tensor parallelism with 2 and 4 processes over gloo: layers against the whole layer, models against one process."""
 
 import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +13,8 @@ import torch.distributed as dist
 from distributed_helpers import random_layer, run_processes, tiny_llama
 from torch import nn
 
-from sparse_marlin import SparseMarlinLinear
+from sparse_marlin import SparseMarlinLinear, save_checkpoint
+from sparse_marlin.checkpoint import LayerSpec
 from sparse_marlin.parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -17,12 +23,17 @@ from sparse_marlin.parallel import (
     row_parallel,
     tensor_parallel,
 )
+from sparse_marlin.replace import module_bytes
 from sparse_marlin.shard_plan import make_plan, split_evenly, split_heads, split_layer
+from sparse_marlin.sharded_loading import from_pretrained
+from sparse_marlin.slicing import PackedLayer, slice_in, slice_out
+from sparse_marlin.stored import OwnLayer
 from sparse_marlin.testing import activations, assert_accepted, assert_same_bits
 
 transformers = pytest.importorskip("transformers")
 
 N, K, GROUP = 320, 640, 128
+IDS = torch.randint(0, 320, (2, 9), generator=torch.Generator().manual_seed(0))
 SHAPES = [(N, K, 4, 128), (100, 516, 8, 64), (N, 512, 4, -1), (70, 300, 4, 256)]
 
 
@@ -135,10 +146,40 @@ def test_one_process_alone_computes_the_whole(device):
 # --- real processes ---------------------------------------------------------------------------------------------------
 
 
-def layer_results(shapes, dtypes):
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def everything(folder):
+    """All that the tests below ask of a rank: starting processes takes longer than any of it."""
+    return {
+        "layers": layer_results(),
+        "compiled": compiled_results() if dist.get_world_size() == 2 else None,  # imports the compiler: seconds
+        "models": model_results(),
+        "loaded": loaded_results(folder),
+        "refused": wrong_shares(),
+    }
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def processes(request, saved):
+    """For each question the number of ranks and every rank's answer."""
+    answers = run_processes(request.param, everything, saved)
+    return {key: (request.param, [answer[key] for answer in answers]) for key in answers[0]}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A saved model in several files, with one dense linear and tied embeddings beside it."""
+    folder = tmp_path_factory.mktemp("saved")
+    save_checkpoint(tiny_llama(), folder / "model", max_shard_bytes=200_000)
+    save_checkpoint(tiny_llama(tie_word_embeddings=True, layers=1), folder / "tied")
+    return folder
+
+
+def layer_results():
     """On one rank: outputs of column, gathered column, row and split row layers, and gradients of the input."""
     rank, found = dist.get_rank(), {}
-    for shape, dtype in itertools.product(shapes, dtypes):
+    for shape, dtype in itertools.product(SHAPES, DTYPES):
         n, k, num_bits, group_size = shape
         layer = random_layer(n, k, True, group_size, num_bits, dtype=dtype)
         x = activations(2, 3, k, dtype=dtype)
@@ -166,11 +207,9 @@ def layer_results(shapes, dtypes):
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_parallel_layers_over_processes(world_size):
-    dtypes = [torch.float32, torch.float16, torch.bfloat16]
-    ranks = run_processes(world_size, layer_results, SHAPES, dtypes)
-    for shape, dtype in itertools.product(SHAPES, dtypes):
+def test_parallel_layers_over_processes(processes):
+    _, ranks = processes["layers"]
+    for shape, dtype in itertools.product(SHAPES, DTYPES):
         n, k, num_bits, group_size = shape
         layer = random_layer(n, k, True, group_size, num_bits, dtype=dtype)
         x = activations(2, 3, k, dtype=dtype)
@@ -202,8 +241,11 @@ def compiled_results():
         return block(x), torch.compile(block, fullgraph=True, backend="aot_eager")(x)
 
 
-def test_compiles_as_one_graph():
-    for eager, compiled in run_processes(2, compiled_results):
+def test_compiles_as_one_graph(processes):
+    world_size, answers = processes["compiled"]
+    if world_size != 2:
+        pytest.skip("compiled with two ranks")
+    for eager, compiled in answers:
         assert torch.allclose(eager, compiled, rtol=1e-5, atol=1e-5)
 
 
@@ -217,30 +259,27 @@ CASES = {
 
 
 @torch.no_grad()
-def model_results(cases):
+def model_results():
     found = {}
-    for name, changes in cases.items():
+    for name, changes in CASES.items():
         model = tiny_llama(**changes)
         report = tensor_parallel(model)
-        ids = torch.randint(0, 320, (2, 9), generator=torch.Generator().manual_seed(0))
-        logits = model(ids).logits
-        tokens = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        logits = model(IDS).logits
+        tokens = model.generate(IDS, max_new_tokens=12, do_sample=False, pad_token_id=0)
         static = model.generate(
-            ids, max_new_tokens=12, do_sample=False, pad_token_id=0, cache_implementation="static", disable_compile=True
+            IDS, max_new_tokens=12, do_sample=False, pad_token_id=0, cache_implementation="static", disable_compile=True
         )
         found[name] = (logits, tokens, static, str(report), report.bytes_before, report.bytes_after)
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
 @torch.no_grad()
-def test_models_over_processes(world_size):
-    ranks = run_processes(world_size, model_results, CASES)
+def test_models_over_processes(processes):
+    world_size, ranks = processes["models"]
     for name, changes in CASES.items():
         model = tiny_llama(**changes)
-        ids = torch.randint(0, 320, (2, 9), generator=torch.Generator().manual_seed(0))
-        logits = model(ids).logits
-        tokens = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        logits = model(IDS).logits
+        tokens = model.generate(IDS, max_new_tokens=12, do_sample=False, pad_token_id=0)
         scale = logits.abs().max()
         for rank, (got, made, static, report, before, after) in enumerate(each[name] for each in ranks):
             assert (got - logits).abs().max() <= 1e-5 * scale, name
@@ -265,13 +304,105 @@ def test_a_model_is_cut_once_and_stays_as_it_was_if_it_cannot_be():
     assert before
 
 
+@torch.no_grad()
+def loaded_results(folder):
+    found = {}
+    for name in ("model", "tied"):
+        model, report = from_pretrained(folder / name)
+        half, _ = from_pretrained(folder / name, dtype=torch.bfloat16)
+        kinds = {tensor.dtype for tensor in half.state_dict().values()}
+        found[name] = (model(IDS).logits, str(report), report.bytes_before, report.bytes_after, kinds)
+        found[f"{name} whole"] = from_pretrained(folder / name, local_files_only=True)[0](IDS).logits
+    return found
+
+
+@torch.no_grad()
+def test_a_saved_model_opens_sharded(processes):
+    world_size, ranks = processes["loaded"]
+    for name, changes in {"model": {}, "tied": {"tie_word_embeddings": True, "layers": 1}}.items():
+        model = tiny_llama(**changes)
+        logits = model(IDS).logits
+        for answer in ranks:
+            got, report, before, after, kinds = answer[name]
+            assert (got - logits).abs().max() <= 1e-5 * logits.abs().max()
+            assert_same_bits(answer[f"{name} whole"], got, "loaded whole and cut")
+            assert before == module_bytes(model) - sum(buffer.nbytes for buffer in rotary_buffers(model))
+            assert after < before
+            assert f"of {world_size}" in report
+            assert kinds == {torch.int32, torch.bfloat16}
+
+
+def rotary_buffers(model):
+    return [buffer for name, buffer in model.named_buffers() if "inv_freq" in name]
+
+
+class Recorded:
+    """A tensor of a file, with the bytes that were read of it."""
+
+    def __init__(self, tensor, read):
+        self.tensor, self.read = tensor, read
+
+    def __getitem__(self, index):
+        part = self.tensor[index]
+        self.read.append(part.nbytes)
+        return part
+
+
+def test_a_rank_reads_its_part_of_a_layer():
+    for column, parts in ((True, 4), (False, 5)):
+        layer = random_layer(N - 64, K)
+        tensors = {f"proj.{key}": tensor for key, tensor in layer.state_dict().items()}
+        read = []
+        stored = OwnLayer("proj", LayerSpec.of(layer), lambda name, t=tensors, r=read: Recorded(t[name], r))
+        for part in split_layer(layer, parts, column):
+            read.clear()
+            packed = stored.part(column, part)
+            assert sum(read) == sum(tensor.nbytes for tensor in tensors.values()) // parts
+            whole = PackedLayer.of(layer)
+            wanted = slice_out(whole, *part) if column else slice_in(whole, *part)
+            assert_same_bits(packed.weight_packed, wanted.weight_packed.contiguous())
+            assert_same_bits(packed.scales, wanted.scales.contiguous())
+
+
+@pytest.fixture(scope="module")
+def folders(saved, tmp_path_factory):
+    """The saved model and its dense twin, each with a tokenizer of single letters."""
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = {chr(33 + index): index for index in range(94)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="!"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="!", pad_token="!")
+    dense = tmp_path_factory.mktemp("dense")
+    tiny_dense(tie_word_embeddings=False).save_pretrained(dense)
+    for folder in (saved / "model", dense):
+        tokenizer.save_pretrained(folder)
+    return {"saved": saved / "model", "dense": dense}
+
+
+@pytest.mark.parametrize("source", ["saved", "dense"])
+def test_generate_under_torchrun_gives_the_same_tokens(folders, source):
+    call = ["-m", "sparse_marlin", "generate", folders[source], "--prompt", "Qwerty", "--max-new-tokens", "8"]
+    call += ["--json", "--device", "cpu"] + (["--group-size", "64"] if source == "dense" else [])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1] / "python")}
+    answers = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
+        command = [str(part) for part in [sys.executable, *launcher, *call]]
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert run.returncode == 0, run.stderr
+        answers.append(json.loads(run.stdout))  # one JSON document: only rank 0 prints
+    assert len(answers[0]["tokens"]) == 8
+    assert answers[0]["tokens"] == answers[1]["tokens"]
+    assert "rank 0 of 2" in run.stderr
+    assert "rank 1 of 2" not in run.stderr
+
+
 def wrong_shares():
     layer = random_layer(64, 256, True)
     said = []
     for make in (
-        lambda: ColumnParallelLinear(layer, ((0, 32), (32, 64))),
+        lambda: ColumnParallelLinear(layer, split_evenly(64, dist.get_world_size())),
         lambda: ColumnParallelLinear(layer, ((0, 64),)),
-        lambda: RowParallelLinear(layer, ((0, 256), (256, 512))),
+        lambda: RowParallelLinear(layer, split_evenly(256 * dist.get_world_size(), dist.get_world_size())),
     ):
         try:
             make()
@@ -281,9 +412,10 @@ def wrong_shares():
     return said
 
 
-def test_wrong_shares_are_refused():
-    first, second = run_processes(2, wrong_shares)
-    assert "expected the 32 features 0 to 32 of rank 0, got 64" in first[0]
-    assert "ranges: expected one for each of 2 ranks, got 1" in first[1]
+def test_wrong_shares_are_refused(processes):
+    first, second = processes["refused"][1][:2]
+    world_size = processes["refused"][0]
+    assert f"expected the {64 // world_size} features 0 to {64 // world_size} of rank 0, got 64" in first[0]
+    assert f"ranges: expected one for each of {world_size} ranks, got 1" in first[1]
     assert first[2] == ""
     assert "linear.bias: expected None on rank 1" in second[2]

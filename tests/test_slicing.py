@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_marlin import SparseMarlinLinear, _core, pack_24_weights, sparse_marlin_gemm
-from sparse_marlin.slicing import PackedWeight, concat_out, owned, slice_in, slice_out, with_group_size
+from sparse_marlin.slicing import PackedLayer, concat_out, owned, slice_in, slice_out, with_group_size
 from sparse_marlin.testing import (
     activations,
     assert_accepted,
@@ -26,7 +26,7 @@ N, K = 3 * ROWS + 20, 4 * COLS + 68
 def packed(n=N, k=K, group_size=128, num_bits=4, device="cpu", seed=0, dtype=torch.float16):
     codes = random_codes(n, k, num_bits, seed, device)
     scales = random_scales(n, k, group_size, dtype, seed, device)
-    return codes, PackedWeight(pack_24_weights(codes, scales, group_size, num_bits), scales, k, group_size, num_bits)
+    return codes, PackedLayer(pack_24_weights(codes, scales, group_size, num_bits), scales, n, k, group_size, num_bits)
 
 
 def dense(weight):
@@ -96,7 +96,7 @@ def test_one_group_of_many_keeps_its_scales():
     # A shard of one group has the scales of that group in plain order: G == 1 changes nothing.
     codes = coordinate_codes(2 * ROWS, 2 * COLS)
     scales = group_scales(2 * ROWS, 2 * COLS, 128)
-    weight = PackedWeight(pack_24_weights(codes, scales, 128, 8), scales, 2 * COLS, 128, 8)
+    weight = PackedLayer(pack_24_weights(codes, scales, 128, 8), scales, 2 * ROWS, 2 * COLS, 128, 8)
     part = slice_in(weight, COLS, 2 * COLS)
     assert torch.equal(part.scales, scales[1:])
     assert torch.equal(dense(part), dense(weight)[:, COLS:])
@@ -129,7 +129,7 @@ def test_slices_multiply_as_views_and_as_copies(device, num_bits):
         for which in (part, wanted):
             out = sparse_marlin_gemm(a, which.weight_packed, which.scales, which.group_size, num_bits)
             assert_accepted(out, a, codes[rows, cols], which.scales, which.group_size)
-        assert_same_bits(part.to_layer()(a), wanted.to_layer()(a))
+        assert_same_bits(part.to_linear()(a), wanted.to_linear()(a))
 
 
 @pytest.mark.parametrize("sizes", [(ROWS, 2 * ROWS, ROWS), (ROWS, 20), (20, ROWS, 5), (7,)])
@@ -163,11 +163,11 @@ def test_all_slices_together_are_the_weight():
 
 def test_a_layer_and_back():
     layer = SparseMarlinLinear.from_linear(torch.nn.Linear(300, 100), group_size=64)
-    weight = PackedWeight.of(layer, "proj")
-    again = slice_in(slice_out(weight, 0, 100), 0, 300).to_layer(layer.bias)
+    weight = PackedLayer.of(layer, "proj")
+    again = slice_in(slice_out(weight, 0, 100), 0, 300).to_linear(layer.bias)
     x = torch.randn(2, 300)
     assert torch.equal(again(x), layer(x))
-    half = weight.to_layer(layer.bias, torch.bfloat16)
+    half = weight.to_linear(layer.bias, torch.bfloat16)
     assert half.scales.dtype == half.bias.dtype == torch.bfloat16
 
 
@@ -181,19 +181,19 @@ def test_a_layer_and_back():
         (lambda w: with_group_size(w, 256), "proj: group_size: expected a divisor of 128, got 256"),
         (lambda w: concat_out([]), "concat_out: weights: expected at least one"),
         (lambda w: concat_out([w, packed(64, 128)[1]]), r"weight: K and bits: expected 580 and 4 as in proj, got 128"),
-        (lambda w: w.to_layer(torch.zeros(3)), r"proj: bias: expected \[212\], got \[3\]"),
+        (lambda w: w.to_linear(torch.zeros(3)), r"proj: bias: expected \[212\], got \[3\]"),
         (
-            lambda w: PackedWeight(w.weight_packed[:1], w.scales, K, 128, 4, "proj"),
+            lambda w: PackedLayer(w.weight_packed[:1], w.scales, N, K, 128, 4, "proj"),
             r"proj: weight_packed: expected int32 \[4, 3840\] for N = 212, K = 580, 4 bits, got int32 \[1, 3840\]",
         ),
         (
-            lambda w: PackedWeight(w.weight_packed, w.scales, K, 64, 4, "proj"),
+            lambda w: PackedLayer(w.weight_packed, w.scales, N, K, 64, 4, "proj"),
             r"proj: scales: expected \[10, 212\] for K = 580, group_size 64, got \[5, 212\]",
         ),
     ],
 )
 def test_what_cannot_be_cut_says_why(call, message):
     _, weight = packed()
-    weight = PackedWeight(weight.weight_packed, weight.scales, K, 128, 4, "proj")
+    weight = PackedLayer(weight.weight_packed, weight.scales, N, K, 128, 4, "proj")
     with pytest.raises(ValueError, match=message):
         call(weight)

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from ._extension import _core
 from ._version import __version__
+from .linear import SparseMarlinLinear
 
 app = typer.Typer(
     name="sparse-marlin",
@@ -299,11 +300,16 @@ def _load(
     _say("Loading the model")
     loaded = load_model(path, device=_device(device), dtype=_dtype(dtype))
     report = None
-    if sparse:
+    if sparse and not _is_packed(loaded.model):
         report = replace_linears(loaded.model, group_size=group_size, num_bits=num_bits, progress=_is_first())
     if report is not None:
         _say(report.totals())
     return loaded, report
+
+
+def _is_packed(model: torch.nn.Module) -> bool:
+    """Whether a model came with packed layers."""
+    return any(isinstance(module, SparseMarlinLinear) for module in model.modules())
 
 
 def _load_part(

@@ -24,8 +24,8 @@ from torch import nn
 from .linear import SparseMarlinLinear
 from .model import default_device
 from .replace import module_bytes
-from .shard_plan import Cut, Range, ShardPlan, is_linear, linear_sizes, make_plan, split_layer
-from .slicing import PackedWeight, owned, slice_in, slice_out
+from .shard_plan import Cut, Range, ShardPlan, linear_sizes, make_plan, split_layer
+from .slicing import PackedLayer, owned, slice_in, slice_out
 
 Group = Any  # torch.distributed.ProcessGroup, or None for all ranks
 
@@ -227,24 +227,30 @@ def cut_linear(linear: nn.Module, column: bool, part: Range, *, bias: bool = Tru
     """The layer with output features (`column`) or input features `part` alone, in memory of its own. `bias=False`
     leaves the bias out (row-parallel on ranks other than 0)."""
     start, stop = part
-    old = linear.bias if bias else None
-    kept: torch.Tensor | None = None
-    if isinstance(old, torch.Tensor):
-        kept = old.detach()[start:stop].clone() if column else old.detach().clone()
+    old: Any = linear.bias if bias else None
+    kept = None if old is None else (old.detach()[start:stop] if column else old.detach()).clone()
+    made: nn.Module
     if isinstance(linear, SparseMarlinLinear):
-        weight = PackedWeight.of(linear, name)
-        weight = slice_out(weight, start, stop) if column else slice_in(weight, start, stop)
-        return owned(weight).to_layer(kept).train(linear.training)
-    if not is_linear(linear):
+        whole = PackedLayer.of(linear, name)
+        made = owned(slice_out(whole, start, stop) if column else slice_in(whole, start, stop)).to_linear(kept)
+    elif isinstance(linear, nn.Linear):
+        weight = linear.weight.detach()
+        made = dense_linear((weight[start:stop] if column else weight[:, start:stop]).clone(), kept)
+        made.weight.requires_grad_(linear.weight.requires_grad)
+    else:
         raise TypeError(f"{name}: expected torch.nn.Linear or SparseMarlinLinear, got {type(linear).__name__}")
-    assert isinstance(linear, nn.Linear)
-    dense = linear.weight.detach()
-    dense = (dense[start:stop] if column else dense[:, start:stop]).clone(memory_format=torch.contiguous_format)
-    made = nn.Linear(dense.shape[1], dense.shape[0], bias=kept is not None, device="meta")
-    made.weight = nn.Parameter(dense, requires_grad=linear.weight.requires_grad)
     if kept is not None:
-        made.bias = nn.Parameter(kept, requires_grad=False)
+        made.bias.requires_grad_(old.requires_grad)
     return made.train(linear.training)
+
+
+def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A linear that holds these tensors, frozen."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias, requires_grad=False)
+    return made
 
 
 def column_parallel(linear: nn.Module, *, gather_output: bool = False, group: Group = None) -> ColumnParallelLinear:

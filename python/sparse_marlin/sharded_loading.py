@@ -25,9 +25,9 @@ from .checkpoint import (
     verify_scales,
 )
 from .checkpoint import from_pretrained as load_whole
-from .parallel import Group, ParallelReport, install_parts, rank_and_size, tensor_parallel, wrap_part
+from .parallel import Group, ParallelReport, dense_linear, install_parts, rank_and_size, tensor_parallel, wrap_part
 from .shard_plan import Cut, ShardPlan, make_plan
-from .stored import Open, stored_layer
+from .stored import Open, OwnLayer
 
 
 def from_pretrained(
@@ -123,16 +123,12 @@ def _part(
         stored = open_tensor(f"{name}.bias")
         bias = (stored[start:stop] if cut.column else stored[:]).to(device, old.bias.dtype)
     if name in config.layers:
-        weight = stored_layer(name, config.layers, open_tensor).part(cut.column, (start, stop), device)
+        weight = OwnLayer(name, config.layers[name], open_tensor).part(cut.column, (start, stop), device)
         verify_scales(weight.scales, name)
-        return weight.to_layer(bias, old.scales.dtype).eval()
+        return weight.to_linear(bias, old.scales.dtype).requires_grad_(False).eval()
     stored = open_tensor(f"{name}.weight")
-    dense = (stored[start:stop] if cut.column else stored[:, start:stop]).to(device, old.weight.dtype)
-    made = nn.Linear(dense.shape[1], dense.shape[0], bias=bias is not None, device="meta")
-    made.weight = nn.Parameter(dense, requires_grad=False)
-    if bias is not None:
-        made.bias = nn.Parameter(bias, requires_grad=False)
-    return made.eval()
+    weight = stored[start:stop] if cut.column else stored[:, start:stop]
+    return dense_linear(weight.to(device, old.weight.dtype), bias).eval()
 
 
 def _empty_model(folder: Path, dtype: torch.dtype | None) -> Any:

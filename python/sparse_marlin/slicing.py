@@ -1,6 +1,6 @@
 """Slices and concatenations of packed weights: what tensor parallelism cuts, without a process or a device in sight.
 
-A `PackedWeight` is a packed tensor with its scales and its sizes. `slice_out` keeps rows of the weight [N, K] (output
+A `PackedLayer` is a packed tensor with its scales and its sizes. `slice_out` keeps rows of the weight [N, K] (output
 features), `slice_in` keeps columns (input features), `concat_out` stacks weights along N. Each gives exactly the bytes
 that packing the dense slice would: slice(pack(w)) == pack(slice(w)).
 
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from ._extension import _core
 from .linear import SparseMarlinLinear
@@ -30,11 +31,13 @@ FINITE_GROUP_SIZES = sorted(size for size in _core.GROUP_SIZES if size != CHANNE
 
 
 @dataclass(frozen=True)
-class PackedWeight:
-    """A weight [size_n, size_k] in packed form; `name` opens the error messages."""
+class PackedLayer:
+    """A weight [size_n, size_k] in this library's format, outside of a module: `weight_packed` int32, `scales` [G, N]
+    in plain order. `name` opens the error messages."""
 
     weight_packed: torch.Tensor
     scales: torch.Tensor
+    size_n: int
     size_k: int
     group_size: int
     num_bits: int
@@ -56,20 +59,17 @@ class PackedWeight:
             )
 
     @classmethod
-    def of(cls, layer: SparseMarlinLinear, name: str = "weight") -> PackedWeight:
+    def of(cls, layer: SparseMarlinLinear, name: str = "weight") -> PackedLayer:
         """The weight of a layer, not copied."""
-        return cls(layer.weight_packed, layer.scales, layer.in_features, layer.group_size, layer.num_bits, name)
-
-    @property
-    def size_n(self) -> int:
-        return self.scales.shape[-1]
+        sizes = (layer.out_features, layer.in_features, layer.group_size, layer.num_bits)
+        return cls(layer.weight_packed, layer.scales.detach(), *sizes, name)
 
     def codes(self) -> torch.Tensor:
         """The signed codes, int8 [N, K]."""
         return unpack_24_weights(self.weight_packed, self.size_n, self.size_k, self.num_bits)
 
-    def to_layer(self, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> SparseMarlinLinear:
-        """A layer that holds these tensors, the scales and the bias in `dtype` (default: that of the scales)."""
+    def to_linear(self, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> SparseMarlinLinear:
+        """A module that holds these tensors, the scales and the bias in `dtype` (default: that of the scales)."""
         dtype = dtype or self.scales.dtype
         layer = SparseMarlinLinear(
             self.size_k,
@@ -85,11 +85,11 @@ class PackedWeight:
         if bias is not None:
             if tuple(bias.shape) != (self.size_n,):
                 raise ValueError(f"{self.name}: bias: expected [{self.size_n}], got {list(bias.shape)}")
-            layer.bias = torch.nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+            layer.bias = nn.Parameter(bias.detach().to(device=self.scales.device, dtype=dtype))
         return layer
 
 
-def slice_out(weight: PackedWeight, start: int, stop: int) -> PackedWeight:
+def slice_out(weight: PackedLayer, start: int, stop: int) -> PackedLayer:
     """Output features `start` to `stop` (rows of the weight); a view where both fall on tiles of the format."""
     _check_range(weight, "output features", start, stop, weight.size_n, 1)
     unit = _core.TILE_ROWS
@@ -98,6 +98,7 @@ def slice_out(weight: PackedWeight, start: int, stop: int) -> PackedWeight:
         weight,
         weight_packed=weight.weight_packed[first:last],
         scales=weight.scales[:, first * unit : min(last * unit, weight.size_n)],
+        size_n=min(last * unit, weight.size_n) - first * unit,
     )
     start, stop = start - first * unit, stop - first * unit
     if start == 0 and stop == tiles.size_n:
@@ -105,7 +106,7 @@ def slice_out(weight: PackedWeight, start: int, stop: int) -> PackedWeight:
     return _packed(tiles, tiles.codes()[start:stop], tiles.scales[:, start:stop], weight.group_size)
 
 
-def slice_in(weight: PackedWeight, start: int, stop: int) -> PackedWeight:
+def slice_in(weight: PackedLayer, start: int, stop: int) -> PackedLayer:
     """Input features `start` to `stop` (columns of the weight), with their scale groups; see the module's text.
 
     Raises:
@@ -123,7 +124,7 @@ def slice_in(weight: PackedWeight, start: int, stop: int) -> PackedWeight:
     return _packed(weight, codes[:, start - first * unit : stop - first * unit], scales, group_size)
 
 
-def concat_out(weights: Sequence[PackedWeight]) -> PackedWeight:
+def concat_out(weights: Sequence[PackedLayer]) -> PackedLayer:
     """The weights stacked along N (fused q, k, v or gate, up). Where group sizes differ, the finest of them.
 
     Raises:
@@ -148,10 +149,10 @@ def concat_out(weights: Sequence[PackedWeight]) -> PackedWeight:
     if any(weight.size_n % _core.TILE_ROWS for weight in weights[:-1]):
         return _packed(weights[0], torch.cat([weight.codes() for weight in weights]), scales, weights[0].group_size)
     packed = torch.cat([weight.weight_packed for weight in weights])
-    return replace(weights[0], weight_packed=packed, scales=scales)
+    return replace(weights[0], weight_packed=packed, scales=scales, size_n=scales.shape[1])
 
 
-def with_group_size(weight: PackedWeight, group_size: int) -> PackedWeight:
+def with_group_size(weight: PackedLayer, group_size: int) -> PackedLayer:
     """The same weight with more scales: each stands for `group_size` input features, which must divide the present
     size."""
     if group_size == weight.group_size:
@@ -169,7 +170,7 @@ def with_group_size(weight: PackedWeight, group_size: int) -> PackedWeight:
     return replace(weight, scales=scales.contiguous(), group_size=group_size)
 
 
-def owned(weight: PackedWeight) -> PackedWeight:
+def owned(weight: PackedLayer) -> PackedLayer:
     """The weight in memory of its own, so that the tensors it was cut from can be freed."""
     copies = [
         tensor.clone(memory_format=torch.contiguous_format)
@@ -180,7 +181,7 @@ def owned(weight: PackedWeight) -> PackedWeight:
     return replace(weight, weight_packed=copies[0], scales=copies[1])
 
 
-def _check_range(weight: PackedWeight, what: str, start: int, stop: int, size: int, multiple: int) -> None:
+def _check_range(weight: PackedLayer, what: str, start: int, stop: int, size: int, multiple: int) -> None:
     if not 0 <= start < stop <= size:
         raise ValueError(f"{weight.name}: {what}: expected 0 <= start < stop <= {size}, got {start} to {stop}")
     if start % multiple or stop % multiple:
@@ -189,7 +190,7 @@ def _check_range(weight: PackedWeight, what: str, start: int, stop: int, size: i
         )
 
 
-def _sliced_groups(weight: PackedWeight, start: int, stop: int) -> tuple[int, torch.Tensor]:
+def _sliced_groups(weight: PackedLayer, start: int, stop: int) -> tuple[int, torch.Tensor]:
     """Group size and scales of input features `start` to `stop`."""
     size = weight.group_size
     if size == CHANNELWISE:
@@ -208,7 +209,8 @@ def _sliced_groups(weight: PackedWeight, start: int, stop: int) -> tuple[int, to
     return max(finer), repeated[start // max(finer) : -(-stop // max(finer))]
 
 
-def _packed(like: PackedWeight, codes: torch.Tensor, scales: torch.Tensor, group_size: int) -> PackedWeight:
+def _packed(like: PackedLayer, codes: torch.Tensor, scales: torch.Tensor, group_size: int) -> PackedLayer:
     """`codes` packed, as bytes that any packer would write."""
     packed = pack_24_weights(codes.contiguous(), scales.contiguous(), group_size, like.num_bits)
-    return PackedWeight(packed, scales.contiguous(), codes.shape[1], group_size, like.num_bits, like.name)
+    size_n, size_k = codes.shape
+    return PackedLayer(packed, scales.contiguous(), size_n, size_k, group_size, like.num_bits, like.name)
