@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -429,6 +430,8 @@ def _load_shard(
             owner, _, kind = info.name.rpartition(".")
             if owner in config.layers and kind == "scales":
                 verify_scales(tensor, info.where)
+            if owner in config.layers and kind == "weight_packed":
+                verify_packed(tensor, config.layers[owner], info.where)
             if tensor.is_floating_point() and dtype is not None:
                 tensor = tensor.to(dtype)
             old = _tensor_at(*places[info.name])
@@ -446,17 +449,22 @@ def from_pretrained(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     model_class: Any = None,
+    import_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Any:
-    """Open a causal language model: one that this library saved, or a checkpoint of another format that
-    `sparse_marlin.legacy` reads; the format is found from config.json and the tensors' names.
+    """Open a causal language model with packed layers, whatever format it is in.
+
+    What this library saved, and marlin-24 checkpoints in safetensors files, are opened by transformers as they are.
+    Other formats that `sparse_marlin.legacy.import_checkpoint` reads are converted to a temporary folder first; to open
+    such a model twice, import it.
 
     Args:
         path: folder, or hub name.
         device: where to put the model; default: the CPU (`device_map` in `options` works too).
         dtype: of activations, scales and dense tensors; default: what config.json says.
         model_class: a transformers class with `from_pretrained`; default: `AutoModelForCausalLM`.
-        options: handed to its `from_pretrained`.
+        import_options: for `import_checkpoint` (`group_size`, `num_bits`, `ignore`, ...).
+        options: handed to transformers' `from_pretrained`.
 
     Returns:
         The transformers model, in evaluation mode.
@@ -464,16 +472,30 @@ def from_pretrained(
     try:
         import transformers
     except ImportError:
-        raise ImportError(
-            "from_pretrained: transformers is needed for models: pip install 'sparse-marlin[demo]'"
-        ) from None
+        raise ImportError("from_pretrained: transformers is needed: pip install 'sparse-marlin[demo]'") from None
     from . import hf
+    from .legacy.hf import config_for_transformers
 
     hf.register()
     opener = (model_class or transformers.AutoModelForCausalLM).from_pretrained
     if dtype is not None:
         options["dtype"] = dtype
-    model: Any = opener(path, **options)
+    folder = Path(path).expanduser()
+    with tempfile.TemporaryDirectory(prefix="sparse-marlin-") as scratch:
+        source: str | Path = str(path)
+        if folder.exists():
+            source = folder
+            found = config_for_transformers(folder)
+            if found is None:  # transformers cannot read it as it is
+                from .legacy import import_checkpoint
+
+                source = Path(scratch) / "model"
+                import_checkpoint(folder, source, **(import_options or {}))
+            elif found:
+                config = transformers.AutoConfig.from_pretrained(folder)
+                config.quantization_config = found
+                options["config"] = config
+        model: Any = opener(source, **options)
     if device is not None:
         model = model.to(device)
     return model.eval()

@@ -11,15 +11,17 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ._extension import _core
+from ._shards import TensorFiles, shard_paths
+from .checkpoint import CONFIG_FILE, CheckpointConfig, check_tensors, expected_tensors, read_config
 from .model import existing_path, load_model, meta_model
-from .quantize import CHANNELWISE, KEPT_PER_QUAD, QUAD, SCALE_DTYPES
+from .quantize import CHANNELWISE, QUAD, SCALE_DTYPES, is_24_sparse
 from .replace import DEFAULT_IGNORE, survey
 
 _LOOKUPS = ("embed", "wte", "wpe")  # matrices that are looked up, not multiplied
@@ -30,8 +32,8 @@ class InspectedLayer:
     """One linear layer of a checkpoint."""
 
     name: str
-    state: str  # "dense", "packed" or "unreadable"
-    shape: tuple[int, int]  # (out_features, in_features); in_features of a packed layer is an upper bound
+    state: str  # "dense", "packed", "unreadable", or the name of a format that `sparse-marlin import` reads
+    shape: tuple[int, int]  # (out_features, in_features); in_features of a packed layer may be an upper bound
     is_24: bool | None  # None: not looked at
     convertible: bool
     reason: str | None
@@ -39,6 +41,7 @@ class InspectedLayer:
     bytes_after: int
     num_bits: int | None = None
     group_size: int | None = None
+    exact: bool = True  # False: in_features is an upper bound, what the padding hides
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "shape": list(self.shape)}
@@ -47,6 +50,14 @@ class InspectedLayer:
 def inspect_source(source: str, *, group_size: int = 128, num_bits: int = 4) -> list[InspectedLayer]:
     """The linear layers of a state dict file, a model directory, a .gguf file or a hub name."""
     path = existing_path(source)
+    if path is not None and path.suffix != ".gguf":
+        from .legacy.formats import DENSE, SAVED, find_format
+
+        kind, _ = find_format(path)
+        if kind == SAVED:
+            return _from_saved(path, group_size, num_bits)
+        if kind != DENSE:
+            return _from_other_format(path, group_size, num_bits)
     if path is not None and path.is_file() and path.suffix != ".gguf":
         return _from_tensors(_open_state_dict(path), group_size, num_bits)
     if path is not None and path.is_dir() and not (path / "config.json").exists():
@@ -61,11 +72,54 @@ def inspect_source(source: str, *, group_size: int = 128, num_bits: int = 4) -> 
     return _from_model(meta_model(source), tensors, group_size, num_bits)
 
 
-def is_24_sparse(weight: torch.Tensor) -> bool:
-    """At most two non-zero values in every four along K."""
-    if weight.shape[1] % QUAD:
-        return False
-    return bool((weight.unflatten(1, (-1, QUAD)).count_nonzero(-1) <= KEPT_PER_QUAD).all())
+def _from_saved(folder: Path, group_size: int, num_bits: int) -> list[InspectedLayer]:
+    """A model that this library saved: its config says what the tensors must be, and both are held together."""
+    config = CheckpointConfig.from_dict(read_config(folder)["quantization_config"], str(folder / CONFIG_FILE))
+    with TensorFiles(shard_paths(folder)) as files:
+        check_tensors(config.layers, files.infos, str(folder))
+        layers = []
+        for name, spec in config.layers.items():
+            nbytes = sum(files.infos[key].nbytes for key in expected_tensors(name, spec))
+            shape = (spec.out_features, spec.in_features)
+            layers.append(
+                InspectedLayer(
+                    name, "packed", shape, True, False, "already packed", nbytes, nbytes, spec.num_bits, spec.group_size
+                )
+            )
+        return [*layers, *_dense_of(files, set(config.layers), group_size, num_bits)]
+
+
+def _from_other_format(path: Path, group_size: int, num_bits: int) -> list[InspectedLayer]:
+    """A checkpoint that the importer reads. Only marlin-24 is 2:4 for certain without a look at the codes."""
+    from .legacy.formats import open_source
+
+    with open_source(path) as source:
+        layers, infos = [], source.files.infos
+        for name, layer in source.layers.items():
+            before, spec = sum(infos[tensor].nbytes for tensor in layer.tensors.values()), layer.spec
+            after, shape = before, (0, 0)
+            if spec is not None:
+                shape = (spec.out_features, spec.in_features)
+                after = packed_bytes(shape, spec.group_size, spec.num_bits, 2)
+            reason = None if spec is not None else "if its zeros are 2:4"
+            bits = spec.num_bits if spec is not None else layer.scheme.num_bits
+            group = spec.group_size if spec is not None else layer.scheme.group_size
+            known = True if spec is not None else None
+            layers.append(
+                InspectedLayer(name, source.format, shape, known, spec is not None, reason, before, after, bits, group)
+            )
+        return [*layers, *_dense_of(source.files, set(source.layers), group_size, num_bits)]
+
+
+def _dense_of(files: TensorFiles, others: set[str], group_size: int, num_bits: int) -> list[InspectedLayer]:
+    """The dense linears beside packed ones, which stay as they are."""
+    readers: _Tensors = {
+        name: lambda name=name: files.read(name)  # type: ignore[misc]
+        for name in files.infos
+        if name.rpartition(".")[0] not in others
+    }
+    found = _inspected(readers, group_size, num_bits)
+    return [replace(layer, convertible=False, reason=layer.reason or "the checkpoint left it dense") for layer in found]
 
 
 def packed_bytes(shape: tuple[int, int], group_size: int, num_bits: int, element_size: int) -> int:
@@ -189,6 +243,7 @@ def _packed_layer(name: str, packed: torch.Tensor, scales: torch.Tensor) -> Insp
             bytes_after=nbytes,
             num_bits=num_bits,
             group_size=fitting[0] if fitting else None,
+            exact=False,
         )
     return InspectedLayer(
         name=name,
