@@ -13,8 +13,10 @@ import torch.distributed as dist
 from distributed_helpers import random_layer, run_processes, tiny_llama
 from torch import nn
 
+import sparse_marlin
 from sparse_marlin import SparseMarlinLinear, save_checkpoint
 from sparse_marlin.checkpoint import LayerSpec
+from sparse_marlin.legacy import export_checkpoint
 from sparse_marlin.parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -23,7 +25,6 @@ from sparse_marlin.parallel import (
     row_parallel,
     tensor_parallel,
 )
-from sparse_marlin.replace import module_bytes
 from sparse_marlin.shard_plan import make_plan, split_evenly, split_heads, split_layer
 from sparse_marlin.sharded_loading import from_pretrained
 from sparse_marlin.slicing import PackedLayer, slice_in, slice_out
@@ -169,9 +170,12 @@ def processes(request, saved):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A saved model in several files, with one dense linear and tied embeddings beside it."""
+    """A saved model in several files, the same in both marlin-24 formats, and one with tied embeddings."""
     folder = tmp_path_factory.mktemp("saved")
-    save_checkpoint(tiny_llama(), folder / "model", max_shard_bytes=200_000)
+    model = tiny_llama(dtype=torch.float16).float()  # scales that the old formats hold
+    save_checkpoint(model, folder / "model", max_shard_bytes=200_000)
+    for name in ("marlin-24", "gptq-marlin-24"):
+        export_checkpoint(folder / "model", folder / name, format=name)
     save_checkpoint(tiny_llama(tie_word_embeddings=True, layers=1), folder / "tied")
     return folder
 
@@ -304,36 +308,34 @@ def test_a_model_is_cut_once_and_stays_as_it_was_if_it_cannot_be():
     assert before
 
 
+SAVED = ("model", "marlin-24", "gptq-marlin-24", "tied")
+
+
 @torch.no_grad()
 def loaded_results(folder):
     found = {}
-    for name in ("model", "tied"):
+    for name in SAVED:
         model, report = from_pretrained(folder / name)
         half, _ = from_pretrained(folder / name, dtype=torch.bfloat16)
         kinds = {tensor.dtype for tensor in half.state_dict().values()}
         found[name] = (model(IDS).logits, str(report), report.bytes_before, report.bytes_after, kinds)
-        found[f"{name} whole"] = from_pretrained(folder / name, local_files_only=True)[0](IDS).logits
+    found["cut"] = from_pretrained(folder / "model", local_files_only=True)[0](IDS).logits  # whole, then cut
     return found
 
 
 @torch.no_grad()
-def test_a_saved_model_opens_sharded(processes):
+def test_saved_models_of_three_formats_open_sharded(processes, saved):
     world_size, ranks = processes["loaded"]
-    for name, changes in {"model": {}, "tied": {"tie_word_embeddings": True, "layers": 1}}.items():
-        model = tiny_llama(**changes)
-        logits = model(IDS).logits
+    for name in SAVED:
+        logits = sparse_marlin.from_pretrained(saved / name, dtype=torch.float32)(IDS).logits
         for answer in ranks:
             got, report, before, after, kinds = answer[name]
-            assert (got - logits).abs().max() <= 1e-5 * logits.abs().max()
-            assert_same_bits(answer[f"{name} whole"], got, "loaded whole and cut")
-            assert before == module_bytes(model) - sum(buffer.nbytes for buffer in rotary_buffers(model))
+            assert (got - logits).abs().max() <= 1e-5 * logits.abs().max(), name
             assert after < before
             assert f"of {world_size}" in report
             assert kinds == {torch.int32, torch.bfloat16}
-
-
-def rotary_buffers(model):
-    return [buffer for name, buffer in model.named_buffers() if "inv_freq" in name]
+            if name != "tied":
+                assert_same_bits(got, answer["cut"], "loaded whole and cut")
 
 
 class Recorded:

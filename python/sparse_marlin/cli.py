@@ -418,13 +418,12 @@ def _load_part(
     path: str, sparse: bool, group_size: int, num_bits: int, device: torch.device | None, dtype: DType | None
 ) -> tuple[Any, Any]:
     """`_load`, and under torchrun this rank's part of the model."""
-    from .checkpoint import is_saved_model
+    from .model import LoadedModel, is_packed, load_tokenizer
     from .parallel import rank_and_size, tensor_parallel
 
     if rank_and_size()[1] == 1:
         return _load(path, sparse, group_size, num_bits, None if device is None else str(device), dtype)
-    if is_saved_model(Path(path).expanduser()):
-        from .model import LoadedModel, load_tokenizer
+    if sparse and is_packed(path):
         from .sharded_loading import from_pretrained
 
         _say("Loading the model")

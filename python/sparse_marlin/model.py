@@ -94,7 +94,7 @@ def load_model(
             config_options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         try:
             with _no_gguf_bar() if "gguf_file" in options else contextlib.nullcontext():
-                if "gguf_file" not in options and _is_packed(path):
+                if "gguf_file" not in options and is_packed(path):
                     model = from_pretrained(path, dtype=dtype, **options)
                 else:
                     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -115,7 +115,7 @@ def load_tokenizer(path: str, **options: Any) -> Any:
     return tokenizer
 
 
-def _is_packed(path: str) -> bool:
+def is_packed(path: str) -> bool:
     """A folder that this library saved, or a marlin-24 checkpoint: opened with packed layers, whatever its config
     looks like."""
     from .legacy.formats import MARLIN_24, SAVED, find_format
