@@ -69,7 +69,7 @@ def opened(path: Path, device: str = "cpu") -> Iterator[Any]:
         file = safe_open(str(path), framework="pt", device=device)
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path}: expected a whole .safetensors file, got: {_first_line(error)}; copy or download it again"
+            f"{path}: expected a state dict written by safetensors, got: {_first_line(error)}; the file is damaged"
         ) from error
     with file as reader:
         yield reader
@@ -160,11 +160,11 @@ def model_files(path: Path) -> list[Path]:
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The model's .safetensors files: those of the index where there is one (a missing one is an error), else all that
-    lie there."""
+    """The model's .safetensors files: those of the index where there is one (a missing one is an error), else the one
+    of the usual name, else all that lie there."""
     index = folder / INDEX
     if not index.exists():
-        return sorted(folder.glob("*.safetensors"))
+        return [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:

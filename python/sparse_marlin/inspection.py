@@ -9,8 +9,7 @@ the shapes.
 from __future__ import annotations
 
 import json
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from ._extension import _core
-from ._shards import TensorFiles, shard_paths
+from ._shards import TensorFiles, model_files, shard_paths
 from .checkpoint import CONFIG_FILE, CheckpointConfig, check_tensors, expected_tensors, read_config
 from .model import existing_path, load_model, meta_model
 from .quantize import CHANNELWISE, QUAD, SCALE_DTYPES, is_24_sparse
@@ -59,17 +58,19 @@ def inspect_source(source: str, *, group_size: int = 128, num_bits: int = 4) -> 
         if kind != DENSE:
             return _from_other_format(path, group_size, num_bits)
     if path is not None and path.is_file() and path.suffix != ".gguf":
-        return _from_tensors(_open_state_dict(path), group_size, num_bits)
-    if path is not None and path.is_dir() and not (path / "config.json").exists():
-        shards = _shards(path)
-        if shards:
-            return _from_tensors(_merged(shards), group_size, num_bits)
-    if path is not None and (path.is_file() or not (path / "config.json").exists()):
+        with TensorFiles([path]) as files:
+            return _from_tensors(_readers(files), group_size, num_bits)
+    has_config = path is not None and (path / "config.json").exists()
+    files_of_folder = model_files(path) if path is not None and path.is_dir() else []
+    if path is not None and path.is_dir() and not has_config and files_of_folder:
+        with TensorFiles(files_of_folder) as files:
+            return _from_tensors(_readers(files), group_size, num_bits)
+    if path is not None and not has_config:
         return _from_model(load_model(source, device=torch.device("cpu")).model, {}, group_size, num_bits)
-    tensors = _merged(_shards(path)) if path is not None else {}
-    if any(name.endswith(".weight_packed") for name in tensors):
-        return _from_tensors(tensors, group_size, num_bits)
-    return _from_model(meta_model(source), tensors, group_size, num_bits)
+    with TensorFiles(files_of_folder) as files:
+        if any(name.endswith(".weight_packed") for name in files.infos):
+            return _from_tensors(_readers(files), group_size, num_bits)
+        return _from_model(meta_model(source), _readers(files), group_size, num_bits)
 
 
 def _from_saved(folder: Path, group_size: int, num_bits: int) -> list[InspectedLayer]:
@@ -113,11 +114,7 @@ def _from_other_format(path: Path, group_size: int, num_bits: int) -> list[Inspe
 
 def _dense_of(files: TensorFiles, others: set[str], group_size: int, num_bits: int) -> list[InspectedLayer]:
     """The dense linears beside packed ones, which stay as they are."""
-    readers: _Tensors = {
-        name: lambda name=name: files.read(name)  # type: ignore[misc]
-        for name in files.infos
-        if name.rpartition(".")[0] not in others
-    }
+    readers = {name: read for name, read in _readers(files).items() if name.rpartition(".")[0] not in others}
     found = _inspected(readers, group_size, num_bits)
     return [replace(layer, convertible=False, reason=layer.reason or "the checkpoint left it dense") for layer in found]
 
@@ -133,39 +130,8 @@ def packed_bytes(shape: tuple[int, int], group_size: int, num_bits: int, element
 _Tensors = dict[str, Callable[[], torch.Tensor]]
 
 
-def _open_state_dict(path: Path) -> _Tensors:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors import safe_open
-
-            opened = safe_open(str(path), framework="pt")
-            return {name: lambda name=name: opened.get_tensor(name) for name in opened.keys()}  # type: ignore[misc] # noqa: SIM118
-        # Files from before torch 1.6 are no archives and cannot be mapped.
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # three libraries, no common base: every one of them means an unreadable file
-        kind = "safetensors" if path.suffix == ".safetensors" else "torch.save"
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path}: expected a state dict written by {kind}, got: {first}") from error
-    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict) or not any(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise ValueError(f"{path}: expected a state dict (names to tensors), got {type(loaded).__name__}")
-    return {name: lambda value=value: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}  # type: ignore[misc]
-
-
-def _shards(folder: Path) -> list[Path]:
-    for pattern in ("*.safetensors", "pytorch_model*.bin", "*.pt", "*.pth"):
-        found = sorted(folder.glob(pattern))
-        if found:
-            return found
-    return []
-
-
-def _merged(shards: Iterable[Path]) -> _Tensors:
-    tensors: _Tensors = {}
-    for shard in shards:
-        tensors.update(_open_state_dict(shard))
-    return tensors
+def _readers(files: TensorFiles) -> _Tensors:
+    return {name: lambda name=name: files.read(name) for name in files.infos}  # type: ignore[misc]
 
 
 def _from_tensors(tensors: _Tensors, group_size: int, num_bits: int) -> list[InspectedLayer]:

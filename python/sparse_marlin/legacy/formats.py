@@ -201,7 +201,7 @@ def is_gptq_marlin_24(quantization: Mapping[str, Any]) -> bool:
 
 
 def is_compressed_tensors(quantization: Mapping[str, Any]) -> bool:
-    return quantization.get("quant_method") == "compressed-tensors" or "config_groups" in quantization
+    return quantization.get("quant_method") == "compressed-tensors" or bool(quantization.get("config_groups"))
 
 
 def find_layers(
@@ -327,8 +327,10 @@ class Schemes:
         self.where = where
         self.groups: list[tuple[tuple[str, ...], Scheme]] = []
         self.ignore: tuple[str, ...] = tuple(quantization.get("ignore") or ())
-        if "config_groups" in quantization:
-            for name, group in quantization["config_groups"].items():
+        if groups := quantization.get("config_groups"):
+            if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
+                raise ValueError(f"{where}: config_groups: expected an object of groups, got {groups!r}")
+            for name, group in groups.items():
                 self.groups.append((tuple(group.get("targets") or ()), self._weights(name, group.get("weights") or {})))
         elif "bits" in quantization:
             self.groups.append((("Linear",), self._gptq(quantization)))
