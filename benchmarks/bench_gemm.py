@@ -1,31 +1,54 @@
-"""Times sparse_marlin_gemm against cuBLAS on the weight shapes of large language models.
+"""Times sparse_marlin_gemm against cuBLAS and other kernels on the weight shapes of large language models.
 
     python benchmarks/bench_gemm.py --out benchmarks/results/gemm.json
-    python benchmarks/bench_gemm.py --dtype bfloat16 --num-bits 8 --group-size -1 --tokens 1,16,64
-    python benchmarks/bench_gemm.py --sparse-marlin libmarlin.so  # the public kernel too (float16, 4 bits, 128)
+    python benchmarks/bench_gemm.py --dtype bfloat16 --num-bits 8 --group-size -1 --tokens 1,16,64 --peers none
+    python benchmarks/bench_gemm.py --sparse-marlin libsparse_marlin.so --marlin libmarlin.so  # the public kernels too
+    python benchmarks/bench_gemm.py --kernel sm80    # one family of our kernels alone
 
-Protocol: correctness first (every element, against float64); each side in a CUDA graph of many launches, the weights
-rotated through more than 250 MB so that no cache keeps them; median of the replays with the fastest and slowest; both
-sides in turn, so that they see the same clocks. Bytes are activations, codes, metadata, scales and output. `floor` is
-the larger of bytes over the bandwidth of a large kernel measured in the same run, and operations over the rate of
-the sparse tensor cores: on Hopper 1380 TFLOP/s, wgmma.sp with weights dequantized in registers and everything on chip,
-in short bursts (power allows less in long ones); elsewhere the 940 TFLOP/s that mma.sp reaches on an H200.
+Protocol: correctness first (ours: every timed plan, every element of 256 features of the first and last 64 tokens,
+against float64; peers: the same features against float32); each contestant in a CUDA graph of many launches, its
+weights rotated through more than 250 MB so that no cache keeps them; median of the replays with the fastest and
+slowest; contestants in turn, so that they see the same clocks, and from --rest-tokens up each replay after --rest
+seconds of rest, so that none pays for the power that the one before it drew. Bytes are activations, codes, metadata,
+scales and output. `floor` is the larger of bytes over the bandwidth of a large kernel measured in the same run, and
+operations over the rate of the sparse tensor cores: on Hopper 1380 TFLOP/s, wgmma.sp with weights dequantized in
+registers and everything on chip, in short bursts (power allows less in long ones); elsewhere the 940 TFLOP/s that
+mma.sp reaches on an H200.
+
+Peers are timed at --peer-tokens. cuSPARSELt has 16-bit 2:4 weights and the fastest of its default algorithm and the
+one that its search prefers; torch's int4 has bfloat16 activations; fp8 has e4m3 weights and activations, converted
+beforehand. A peer that fails at a place has no number there, and the result says why. tables.py and plots.py draw
+what --out wrote, which is written after every shape.
 """
 
 import argparse
 import ctypes
 import json
-import math
 import statistics
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from peer_base import LeftOut, Peer, Weight
+from peers import LIBRARY_PEERS, TORCH_PEERS, Setting, build, load_library, why_not
 from rich.console import Console
 from rich.table import Table
+from summary import PEERS, Row, geometric_means, least_ratios, measured_peers, own_speedup, peer_speedup
+from timing import (
+    Recorded,
+    Recorder,
+    copies,
+    copy_bandwidth,
+    full_precision_sums,
+    machine,
+    positive_ints,
+    sparse_tflops,
+)
+from weights import check_rows, random_packed, random_scales
 
-import sparse_marlin
-from sparse_marlin import _core, testing
+from sparse_marlin import _core
 from sparse_marlin.info import planner_device
 
 SHAPES = {
@@ -33,215 +56,324 @@ SHAPES = {
     "8B gate_up": (4096, 28672),
     "8B down": (14336, 4096),
     "70B gate_up": (8192, 57344),
-}
+}  # K, N
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192]
-ROTATED_BYTES = 250e6
-DRAWN_ROWS = 2048  # random weights are drawn on the CPU: so many rows, repeated
-WGMMA_SP_TFLOPS, MMA_SP_TFLOPS = 1380.0, 940.0
-REPLAYS = 5
-PEER_SYMBOL = "_ZN6marlin15marlin_cuda_2_4EPKvS1_S1_PvS2_iiiS2_iiP11CUstream_stiiii"
+PEER_TOKENS = [1, 16, 64, 256, 1024, 4096]
+KERNELS = tuple(dict.fromkeys(tile.kernel for tile in _core.TILES))
+CHECKED_TOKENS = 64
+GRAPH_US, MOST_LAUNCHES, LEAST_LAUNCHES = 2000.0, 48, 2
+ROUNDS, RESTED_ROUNDS = 5, 3
+# Seconds, for the estimate alone: the start of CUDA and cuBLAS; a shape's weights; those of a peer; a measurement.
+START_S, SHAPE_S, PEER_S, TIMING_S = 8.0, 1.5, 0.5, 0.1
 
 
-def graph_us(call: Callable[[int], object], launches: int) -> list[float]:
-    """Microseconds of one call, sorted, from replays of a graph of `launches` calls."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        call(0)
-        with torch.cuda.graph(graph, stream=stream):
-            for i in range(launches):
-                call(i)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / launches)
-    return sorted(times)
-
-
-def copy_bandwidth() -> float:
-    """Bytes a microsecond, read and written, of a kernel that inverts a gigabyte (a graph's own copy is slower)."""
-    a = torch.zeros(1 << 28, dtype=torch.int32, device="cuda")
-    b = torch.empty_like(a)
-    return 2 * a.numel() * a.element_size() / statistics.median(graph_us(lambda _: torch.bitwise_not(a, out=b), 4))
-
-
-def sparse_tflops() -> float:
-    return WGMMA_SP_TFLOPS if planner_device(0).compute_capability == 90 else MMA_SP_TFLOPS
-
-
-def peer_kernel(path: str | None) -> Callable[..., int] | None:
-    if path is None:
-        return None
-    function = ctypes.CDLL(path)[PEER_SYMBOL]
-    pointer, number = ctypes.c_void_p, ctypes.c_int
-    function.argtypes = [pointer] * 5 + [number] * 3 + [pointer, number, number, pointer, *[number] * 4]
-    return function
+def best_plan(problem: _core.Problem, device: _core.Device, kernel: str | None) -> _core.Plan | None:
+    """The planner's choice; of one family, its plan of the least predicted time, None where it has none."""
+    if kernel is None:
+        return _core.plan(problem, device)
+    plans = []
+    for number, tile in enumerate(_core.TILES):
+        if tile.kernel == kernel:
+            try:
+                plans.append(_core.plan_with_tile(problem, device, number))
+            except ValueError:  # the tile does not fit the problem or the device
+                continue
+    return min(plans, key=lambda plan: plan.predicted_us, default=None)
 
 
 class Case:
-    """One weight shape: our packed weights, dense ones for cuBLAS, and what the public kernel reads."""
+    """One weight shape: our packed weights, dense ones for cuBLAS, and the peers."""
 
-    def __init__(self, k: int, n: int, args: argparse.Namespace) -> None:
-        self.k, self.n, self.args = k, n, args
-        self.dtype = getattr(torch, args.dtype)
-        codes = testing.random_codes(DRAWN_ROWS, k, args.num_bits, device="cuda").repeat(n // DRAWN_ROWS, 1)
-        groups = _core.num_groups(k, args.group_size)
-        self.scales = ((torch.rand(groups, n, device="cuda") + 0.5) / (k**0.5 * 2**args.num_bits)).to(self.dtype)
-        packed = sparse_marlin.pack_24_weights(codes, self.scales, args.group_size, args.num_bits)
-        self.weight_bytes = packed.numel() * 4
-        self.packed = [packed] + [packed.clone() for _ in range(self.copies(self.weight_bytes) - 1)]
-        dense_copies = self.copies(n * k * 2)
-        self.dense = [torch.randn(n, k, device="cuda", dtype=self.dtype) * 0.02 for _ in range(dense_copies)]
-        self.check(codes)
+    def __init__(
+        self,
+        shape: str,
+        args: argparse.Namespace,
+        recorder: Recorder,
+        peers: list[str],
+        libraries: dict[str, ctypes.CDLL],
+        left_out: LeftOut,
+    ) -> None:
+        self.shape, self.args, self.recorder, self.left_out = shape, args, recorder, left_out
+        self.k, self.n = SHAPES[shape]
+        self.dtype, self.device = getattr(torch, args.dtype), planner_device(torch.cuda.current_device())
+        self.scales = random_scales(self.n, self.k, args.group_size, args.num_bits, self.dtype)
+        packed = random_packed(self.n, self.k, args.num_bits)
+        self.weight_bytes = packed.numel() * packed.element_size()
+        self.packed = [packed] + [packed.clone() for _ in range(copies(self.weight_bytes) - 1)]
+        dense = torch.randn(self.n, self.k, device="cuda", dtype=self.dtype).mul_(0.02)
+        self.dense = [dense] + [dense.clone() for _ in range(copies(2 * dense.numel()) - 1)]
+        self.peers: dict[str, Peer] = {}
+        weight = Weight(dense, args.group_size)
+        for name in peers:
+            if peer := left_out.attempt(
+                name, shape, build, name, weight, recorder, args.search_seconds, libraries.get(name)
+            ):
+                self.peers[name] = peer
+
+    def ours(self, a: torch.Tensor, plan: _core.Plan) -> Callable[[int], torch.Tensor]:
+        """As users call it; with --kernel, the plan of that family."""
+        group_size, num_bits = self.args.group_size, self.args.num_bits
+        if self.args.kernel is None:
+            gemm = torch.ops.sparse_marlin.sparse_marlin_gemm
+            return lambda i: gemm(a, self.packed[i % len(self.packed)], self.scales, group_size, num_bits)
+        gemm_tile = torch.ops.sparse_marlin._sparse_marlin_gemm_tile
+        return lambda i: gemm_tile(
+            a, self.packed[i % len(self.packed)], self.scales, group_size, num_bits, None, plan.tile, plan.splits
+        )
+
+    def check(self, a: torch.Tensor, out: torch.Tensor) -> None:
+        edge = min(CHECKED_TOKENS, len(a))
+        for start in sorted({0, len(a) - edge}):
+            tokens = slice(start, start + edge)
+            check_rows(a[tokens], out[tokens], self.packed[0], self.scales, self.args.group_size, self.args.num_bits)
 
     @staticmethod
-    def copies(size: int) -> int:
-        return max(2, min(48, math.ceil(ROTATED_BYTES / size)))
+    def prepared(peer: Peer, a: torch.Tensor) -> Callable[[int], object]:
+        call = peer.prepare(a)
+        peer.check(a, call)
+        return call
 
-    def check(self, codes: torch.Tensor) -> None:
-        """On a slice of the rows, since a float64 product of everything would take longer than the benchmark."""
-        rows = slice(0, 256)
-        scales = self.scales[:, rows].contiguous()
-        packed = sparse_marlin.pack_24_weights(
-            codes[rows].contiguous(), scales, self.args.group_size, self.args.num_bits
-        )
-        for tokens in (1, 17, 300):
-            a = torch.randn(tokens, self.k, device="cuda").to(self.dtype)
-            out = sparse_marlin.sparse_marlin_gemm(a, packed, scales, self.args.group_size, self.args.num_bits)
-            testing.assert_accepted(out, a, codes[rows], scales, self.args.group_size)
-            whole = sparse_marlin.sparse_marlin_gemm(
-                a, self.packed[-1], self.scales, self.args.group_size, self.args.num_bits
-            )
-            testing.assert_accepted(whole[:, rows], a, codes[rows], scales, self.args.group_size)
+    def captured(self, call: Callable[[int], object], most: int) -> Recorded:
+        """Of a peer, which may be much slower than ours: fewer launches then."""
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        call(1)
+        end.record()
+        end.synchronize()
+        launches = max(1, min(most, int(GRAPH_US / (begin.elapsed_time(end) * 1e3))))
+        return self.recorder.capture(call, launches)
 
-    def measure(self, tokens: int, bandwidth: float, peer: Callable[..., int] | None) -> dict[str, object]:
+    def measure(self, tokens: int, bandwidth: float) -> Row | None:
+        args, where = self.args, f"{self.shape} M={tokens}"
+        problem = _core.Problem(tokens, self.n, self.k, args.group_size, args.num_bits, args.dtype)
+        plan = best_plan(problem, self.device, args.kernel)
+        if plan is None:
+            self.left_out.add("ours", where, f"the {args.kernel} kernel has no tile for it")
+            return None
         a = torch.randn(tokens, self.k, device="cuda").to(self.dtype)
         out = torch.empty(tokens, self.n, device="cuda", dtype=self.dtype)
+        calls: dict[str, Callable[[int], object]] = {
+            "cublas": lambda i: torch.mm(a, self.dense[i % len(self.dense)].t(), out=out),
+            "ours": self.ours(a, plan),
+        }
+        self.check(a, self.ours(a, plan)(0))
+        calls["cublas"](0)
+        if tokens in args.peer_tokens:
+            for name, peer in self.peers.items():
+                if call := self.left_out.attempt(name, where, self.prepared, peer, a):
+                    calls[name] = call
+        most = max(LEAST_LAUNCHES, min(MOST_LAUNCHES, int(GRAPH_US / plan.predicted_us)))
+        recorded = {}
+        for name, call in calls.items():
+            if name not in self.peers:
+                recorded[name] = self.recorder.capture(call, most)
+            elif graph := self.left_out.attempt(name, where, self.captured, call, most):
+                recorded[name] = graph
+        rested = tokens >= args.rest_tokens
+        times = self.recorder.times(
+            list(recorded.values()), RESTED_ROUNDS if rested else ROUNDS, args.rest if rested else 0.0
+        )
+        return self.row(plan, tokens, bandwidth, {name: sorted(t) for name, t in zip(recorded, times, strict=True)})
+
+    def row(self, plan: _core.Plan, tokens: int, bandwidth: float, times: dict[str, list[float]]) -> Row:
+        median = {name: statistics.median(values) for name, values in times.items()}
+        us, cublas = median["ours"], median["cublas"]
         flops = 2 * tokens * self.n * self.k
-        launches = max(4, min(48, int(2000 / (max(self.weight_bytes / 2.5e6, flops / 5e8) + 4))))
-        group_size, num_bits = self.args.group_size, self.args.num_bits
-        gemm = torch.ops.sparse_marlin.sparse_marlin_gemm
-
-        def ours(i: int) -> object:
-            return gemm(a, self.packed[i % len(self.packed)], self.scales, group_size, num_bits)
-
-        with torch.inference_mode():
-            dense = graph_us(lambda i: torch.mm(a, self.dense[i % len(self.dense)].t(), out=out), launches)
-            times = graph_us(ours, launches)
-        us, cublas = statistics.median(times), statistics.median(dense)
-        moved = self.weight_bytes + self.scales.numel() * 2 + a.numel() * 2 + out.numel() * 2
-        floor = max(moved / bandwidth, flops / sparse_tflops() / 1e6)
-        problem = _core.Problem(tokens, self.n, self.k, group_size, num_bits, self.args.dtype)
-        plan = _core.plan(problem, planner_device(0))
+        moved = self.weight_bytes + self.scales.numel() * 2 + tokens * (self.k + self.n) * 2
         tile = _core.TILES[plan.tile]
-        row: dict[str, object] = {
+        row: Row = {
+            "shape": self.shape,
             "k": self.k,
             "n": self.n,
             "m": tokens,
             "us": us,
-            "us_range": [times[0], times[-1]],
+            "us_range": [times["ours"][0], times["ours"][-1]],
             "cublas_us": cublas,
-            "cublas_range": [dense[0], dense[-1]],
+            "cublas_range": [times["cublas"][0], times["cublas"][-1]],
             "speedup": cublas / us,
             "tflops": flops / us / 1e6,
             "tb_per_s": moved / us / 1e6,
-            "floor_fraction": floor / us,
+            "floor_fraction": max(moved / bandwidth, flops / sparse_tflops() / 1e6) / us,
             "tile": f"{tile.kernel} {tile.block_m}x{tile.block_n} share {tile.share} splits {plan.splits}",
         }
-        if peer is not None:
-            row["sparse_marlin_us"] = self.peer_us(peer, a, out, launches)
-            row["sparse_marlin_speedup"] = cublas / float(row["sparse_marlin_us"])
+        for name in self.peers:
+            if name in times:
+                peer: Row = {"us": median[name], "us_range": [times[name][0], times[name][-1]]}
+                peer["speedup"] = cublas / median[name]
+                if self.peers[name].note:
+                    peer["note"] = self.peers[name].note
+                row.setdefault("peers", {})[name] = peer
         return row
 
-    def peer_us(self, peer: Callable[..., int], a: torch.Tensor, out: torch.Tensor, launches: int) -> float:
-        """The public kernel on random codes and valid random metadata of the same size."""
-        copies = len(self.packed)
-        shape = (self.k // 32, 2 * self.n)
-        codes = [torch.randint(-(2**31), 2**31 - 1, shape, device="cuda").int() for _ in range(copies)]
-        nibbles = torch.tensor([4, 8, 12, 9, 13, 14], device="cuda")[
-            torch.randint(0, 6, (self.n, self.k // 16, 4), device="cuda")
-        ]
-        words = sum(nibbles[..., i] << (4 * i) for i in range(4))
-        meta = [torch.where(words >= 2**15, words - 2**16, words).short() for _ in range(copies)]
-        locks = torch.zeros(self.n, dtype=torch.int32, device="cuda")
 
-        def call(i: int) -> None:
-            stream = torch.cuda.current_stream().cuda_stream
-            pointers = [t.data_ptr() for t in (a, codes[i % copies], meta[i % copies], out, self.scales)]
-            status = peer(*pointers, self.n, a.shape[0], self.k, locks.data_ptr(), 64, 0, stream, -1, -1, -1, 16)
-            if status != 0:
-                raise RuntimeError(f"public Sparse-Marlin kernel: status {status}")
-
-        return statistics.median(graph_us(call, launches))
+def usable_peers(args: argparse.Namespace, names: list[str], left_out: LeftOut) -> list[str]:
+    """Of these names, the peers that have a kernel for what is measured."""
+    if not set(args.peer_tokens) & set(args.tokens):
+        return []
+    capability = planner_device(torch.cuda.current_device()).compute_capability
+    setting = Setting(args.dtype, args.num_bits, args.group_size, capability)
+    reasons = {name: why_not(name, setting) for name in names}
+    for name, reason in reasons.items():
+        if reason is not None:
+            left_out.add(name, "everywhere", reason)
+    return [name for name, reason in reasons.items() if reason is None]
 
 
-def geometric_means(rows: list[dict[str, object]], key: str) -> dict[str, float]:
-    tokens = sorted({int(str(row["m"])) for row in rows})
-    values = {m: [float(str(row[key])) for row in rows if row["m"] == m and key in row] for m in tokens}
-    return {str(m): statistics.geometric_mean(v) for m, v in values.items() if v}
+def estimate_seconds(args: argparse.Namespace, peers: int) -> float:
+    """Roughly; a search of cuSPARSELt's may add up to --search-seconds at the larger sizes."""
+    seconds = START_S
+    for tokens in args.tokens:
+        contestants = 2 + (peers if tokens in args.peer_tokens else 0)
+        rest = RESTED_ROUNDS * args.rest if tokens >= args.rest_tokens else 0.0
+        seconds += len(args.shapes) * contestants * (TIMING_S + rest)
+    return seconds + len(args.shapes) * (SHAPE_S + PEER_S * peers)
 
 
-def print_table(result: dict[str, object], rows: list[dict[str, object]]) -> None:
+def summarize(result: Row) -> None:
+    """Adds what the rows say together."""
+    rows: list[Row] = result["rows"]
+    result["geomean"] = geometric_means(rows, own_speedup)
+    result["geomean_peers"] = {
+        name: geometric_means(rows, lambda row, name=name: peer_speedup(row, name)) for name in measured_peers(rows)
+    }
+    result["least"] = {name: {"x": ratio, "at": at} for name, (ratio, at) in least_ratios(rows).items()}
+
+
+def write(path: Path, result: Row) -> None:
+    part = path.with_suffix(".tmp")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(path)
+
+
+def print_table(result: Row) -> None:
+    rows: list[Row] = result["rows"]
     table = Table(title=f"{result['gpu']}, {result['dtype']}, {result['num_bits']} bits, group {result['group_size']}")
-    for column in ("shape", "m", "cuBLAS us", "us", "x", "public x", "TFLOP/s", "TB/s", "of floor", "plan"):
+    names = measured_peers(rows)
+    columns = (
+        "shape",
+        "m",
+        "cuBLAS us",
+        "us",
+        "x",
+        *(f"{name} x" for name in names),
+        "TFLOP/s",
+        "TB/s",
+        "of floor",
+        "plan",
+    )
+    for column in columns:
         table.add_column(column, justify="left" if column in ("shape", "plan") else "right")
     for row in rows:
-        values = {name: float(str(row[name])) for name in ("cublas_us", "us", "speedup", "tflops", "tb_per_s")}
-        public = f"{float(str(row['sparse_marlin_speedup'])):.2f}" if "sparse_marlin_speedup" in row else ""
+        others = [peer_speedup(row, name) for name in names]
         table.add_row(
-            str(row["shape"]), str(row["m"]), f"{values['cublas_us']:.1f}", f"{values['us']:.1f}",
-            f"{values['speedup']:.2f}", public, f"{values['tflops']:.0f}", f"{values['tb_per_s']:.2f}",
-            f"{float(str(row['floor_fraction'])):.2f}", str(row["tile"]),
+            row["shape"], str(row["m"]), f"{row['cublas_us']:.1f}", f"{row['us']:.1f}", f"{row['speedup']:.2f}",
+            *("" if x is None else f"{x:.2f}" for x in others), f"{row['tflops']:.0f}", f"{row['tb_per_s']:.2f}",
+            f"{row['floor_fraction']:.2f}", row["tile"],
         )  # fmt: skip
-    Console(width=130).print(table)
-    for key in ("geomean", "geomean_sparse_marlin"):
-        if result[key]:
-            means = result[key]
-            assert isinstance(means, dict)
-            print(f"{key}, x cuBLAS:", "  ".join(f"M={m} {value:.2f}" for m, value in means.items()))
+    Console(width=170).print(table)
+    print("geometric means, x cuBLAS:")
+    for label, means in [("ours", result["geomean"]), *((PEERS[p], m) for p, m in result["geomean_peers"].items())]:
+        print(f"  {label}:", "  ".join(f"M={m} {value:.2f}" for m, value in means.items()))
+    for name, found in result["least"].items():
+        print(f"least x {name}: {found['x']:.2f} ({found['at']})")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
-    parser.add_argument("--num-bits", type=int, choices=(4, 8), default=4)
-    parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
-    parser.add_argument("--sparse-marlin", help="shared library with the public Sparse-Marlin kernel")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    args = parser.parse_args()
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    bandwidth, peer = copy_bandwidth(), peer_kernel(args.sparse_marlin)
-    rows = []
-    for name, (k, n) in SHAPES.items():
-        case = Case(k, n, args)
-        rows += [{"shape": name, **case.measure(m, bandwidth, peer)} for m in map(int, args.tokens.split(","))]
-        del case
-        torch.cuda.empty_cache()
-    result: dict[str, object] = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "dtype": args.dtype,
-        "num_bits": args.num_bits,
-        "group_size": args.group_size,
-        "copy_tb_per_s": bandwidth / 1e6,
-        "sparse_tflops": sparse_tflops(),
-        "geomean": geometric_means(rows, "speedup"),
-        "geomean_sparse_marlin": geometric_means(rows, "sparse_marlin_speedup"),
-        "rows": rows,
-    }
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print_table(result, rows)
+def peer_names(text: str) -> list[str]:
+    """For argparse."""
+    names = {"all": list(TORCH_PEERS), "none": []}.get(text, text.split(","))
+    if not set(names) <= set(TORCH_PEERS):
+        raise ValueError
+    return list(dict.fromkeys(names))
+
+
+def shape_names(text: str) -> list[str]:
+    """For argparse."""
+    names = text.split(",")
+    if not set(names) <= set(SHAPES):
+        raise ValueError
+    return names
+
+
+peer_names.__name__ = f"all, none or names of {', '.join(TORCH_PEERS)} separated by commas"
+shape_names.__name__ = f"names of {', '.join(SHAPES)} separated by commas"
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    made.add_argument("--num-bits", type=int, choices=_core.NUM_BITS, default=4)
+    made.add_argument("--group-size", type=int, choices=_core.GROUP_SIZES, default=128)
+    made.add_argument("--shapes", type=shape_names, default=list(SHAPES))
+    made.add_argument("--tokens", type=positive_ints, default=TOKENS)
+    made.add_argument("--kernel", choices=KERNELS, help="this family of our kernels instead of the planner's choice")
+    made.add_argument("--peers", type=peer_names, default=list(TORCH_PEERS), help="of torch: all, none or names")
+    made.add_argument("--peer-tokens", type=positive_ints, default=PEER_TOKENS, help="where peers are timed")
+    made.add_argument("--sparse-marlin", type=Path, help="shared library with the public Sparse-Marlin kernel")
+    made.add_argument("--marlin", type=Path, help="shared library with the public dense Marlin kernel")
+    made.add_argument("--search-seconds", type=float, default=2.0, help="the longest of cuSPARSELt's searches")
+    made.add_argument("--rest", type=float, default=0.05, help="seconds before a replay, from --rest-tokens up")
+    made.add_argument("--rest-tokens", type=int, default=1024)
+    made.add_argument("--out", type=Path, help="JSON file to write")
+    return made
+
+
+def main() -> int:
+    made = parser()
+    args = made.parse_args()
+    paths = {name: getattr(args, name.replace("-", "_")) for name in LIBRARY_PEERS}
+    try:
+        libraries = {name: load_library(name, path) for name, path in paths.items() if path is not None}
+    except ValueError as error:
+        made.error(str(error))
+    if not torch.cuda.is_available():
+        made.error("expected a CUDA device, found none")
+    torch.manual_seed(0)
+    full_precision_sums()
+    start, left_out, rows, failure = time.monotonic(), LeftOut(), [], ""
+    peers = usable_peers(args, [*args.peers, *libraries], left_out)
+    print(f"about {estimate_seconds(args, len(peers)):.0f} s", flush=True)
+    result: Row = {}
+    with torch.inference_mode():
+        recorder = Recorder()
+        with torch.cuda.stream(recorder.stream):  # everything on one stream
+            bandwidth = copy_bandwidth()
+            result = {
+                **machine(),
+                "dtype": args.dtype,
+                "num_bits": args.num_bits,
+                "group_size": args.group_size,
+                "kernel": args.kernel,
+                "rest_s": args.rest,
+                "rest_tokens": args.rest_tokens,
+                "copy_tb_per_s": bandwidth / 1e6,
+                "sparse_tflops": sparse_tflops(),
+                "left_out": left_out.reasons,
+                "rows": rows,
+            }
+            for shape in args.shapes:
+                try:
+                    case = Case(shape, args, recorder, peers, libraries, left_out)
+                    for tokens in args.tokens:
+                        row = case.measure(tokens, bandwidth)
+                        if row is not None:
+                            rows.append(row)
+                except (RuntimeError, AssertionError) as error:  # what was measured so far is kept
+                    failure = f"{shape}: {error}"
+                else:
+                    del case
+                    torch.cuda.empty_cache()
+                result["seconds"] = round(time.monotonic() - start, 1)
+                summarize(result)
+                if args.out:
+                    write(args.out, result)
+                if failure:
+                    break
+    print_table(result)
+    print(f"{result['seconds']:.0f} s")
+    if failure:
+        print(f"stopped at {failure}", file=sys.stderr)
+    return 1 if failure else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

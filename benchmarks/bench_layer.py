@@ -12,67 +12,25 @@ dependent launch are timed in turn, several rounds; the median counts.
 
 import argparse
 import json
-import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_gemm import copy_bandwidth, graph_us
 from rich.console import Console
 from rich.table import Table
+from timing import copy_bandwidth, full_precision_sums, graph_us, machine, positive_ints
+from weights import check_rows, random_packed, random_scales
 
-import sparse_marlin
 from sparse_marlin import _core, testing
 from sparse_marlin.info import planner_device
 
 LINEARS = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)}  # K, N
 TOKENS = [1, 8, 16, 32, 64, 128]
 ROUNDS = 3
-CHECKED_ROWS = 256
 DENSE_LAYERS = 2  # 870 MB of float16: as cold as any number of layers
-META_NIBBLES = [4, 8, 12, 9, 13, 14]  # the six pairs of positions, csrc/format/packed_24.h
 
 Linear = Callable[[torch.Tensor, int, str], torch.Tensor]  # activations, layer, name -> output
-
-
-def random_slices(count: int, num_bits: int, device: str = "cuda") -> torch.Tensor:
-    """`count` slices of the packed format, drawn on the GPU, int32 [count, words]: any run of them is a packed weight.
-
-    Codes are drawn from -max to max, so that their mean is 0 and a chain of multiplications keeps its size."""
-    code_words, words = _core.slice_code_words(num_bits), _core.slice_words(num_bits)
-    codes = torch.randint(1, 2**num_bits, (count, code_words * 4 * 8 // num_bits), dtype=torch.uint8, device=device)
-    if num_bits == 4:
-        codes = codes[:, ::2] | codes[:, 1::2] << 4
-    pairs = torch.tensor([low | high << 4 for low in META_NIBBLES for high in META_NIBBLES], device=device)
-    chosen = torch.randint(0, len(pairs), (count, (words - code_words) * 4), dtype=torch.int32, device=device)
-    meta = pairs.to(torch.uint8).index_select(0, chosen.view(-1)).view(chosen.shape)
-    return torch.cat([codes, meta], dim=1).view(torch.int32)
-
-
-def random_packed(n: int, k: int, num_bits: int, device: str = "cuda") -> torch.Tensor:
-    """A packed weight drawn on the GPU, without packing anything."""
-    shape = _core.packed_shape(n, k, num_bits)
-    return random_slices(shape[0] * shape[1] // _core.slice_words(num_bits), num_bits, device).view(shape)
-
-
-def random_scales(
-    n: int, k: int, group_size: int, num_bits: int, dtype: torch.dtype, device: str = "cuda"
-) -> torch.Tensor:
-    """Scales that give outputs the size of the activations, within a factor of 1.5 either way."""
-    deviation = math.sqrt(((2**num_bits - 1) ** 2 - 1) / 12)  # of a code of random_slices
-    spread = torch.rand(_core.scales_shape(n, k, group_size), device=device) + 0.5
-    return (spread / (deviation * math.sqrt(k / 2))).to(dtype)
-
-
-def check_rows(
-    a: torch.Tensor, out: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, group_size: int, num_bits: int
-) -> None:
-    """The first features of an output against float64."""
-    rows = min(CHECKED_ROWS, out.shape[-1]) // _core.TILE_ROWS * _core.TILE_ROWS
-    head = packed[: rows // _core.TILE_ROWS].contiguous()
-    codes = sparse_marlin.unpack_24_weights(head, rows, a.shape[-1], num_bits)
-    testing.assert_accepted(out[:, :rows], a, codes, scales[:, :rows].contiguous(), group_size)
 
 
 class Chain:
@@ -232,19 +190,16 @@ def main() -> None:
     parser.add_argument("--num-bits", type=int, choices=(4, 8), default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--tokens", type=positive_ints, default=TOKENS)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    full_precision_sums()
     with torch.inference_mode():
         bandwidth, chain = copy_bandwidth(), Chain(args)
-        rows = [chain.measure(m, bandwidth) for m in map(int, args.tokens.split(","))]
+        rows = [chain.measure(m, bandwidth) for m in args.tokens]
     result: dict[str, object] = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
+        **machine(),
         "dtype": args.dtype,
         "num_bits": args.num_bits,
         "group_size": args.group_size,

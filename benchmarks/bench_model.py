@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 import transformers
-from bench_gemm import graph_us
-from bench_layer import check_rows, random_packed, random_scales
 from rich.console import Console
 from rich.table import Table
+from timing import full_precision_sums, graph_us, machine, positive_ints
 from transformers import AttentionInterface, Cache, LlamaConfig, LlamaForCausalLM
+from weights import check_rows, random_packed, random_scales
 
 from sparse_marlin import SparseMarlinLinear
 from sparse_marlin.replace import module_bytes, survey
@@ -202,7 +202,7 @@ def compare(runners: dict[str, Runner], times_of: Callable[[Runner], list[float]
 
 def measure(runners: dict[str, Runner], args: argparse.Namespace) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
-    for batch in map(int, args.batches.split(",")):
+    for batch in args.batches:
 
         def decode(runner: Runner, batch: int = batch) -> list[float]:
             step = runner.decoding(batch, args.context)
@@ -251,15 +251,14 @@ def main() -> None:
     parser.add_argument("--num-bits", type=int, choices=(4, 8), default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--batches", default="1,16,64")
+    parser.add_argument("--batches", type=positive_ints, default=[1, 16, 64])
     parser.add_argument("--context", type=int, default=512, help="tokens that a decoding step sees")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens before the first token")
     parser.add_argument("--compile", action="store_true", help="both models through torch.compile")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    full_precision_sums()
     torch._dynamo.config.recompile_limit = 64  # batch sizes and models that share their code
     AttentionInterface.register(ATTENTION, attention)
     config = LlamaConfig(**SHAPE, num_hidden_layers=args.layers, attn_implementation=ATTENTION)
@@ -273,10 +272,8 @@ def main() -> None:
             runner.check()
         rows = measure(runners, args)
     result: dict[str, object] = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        **machine(),
         "transformers": transformers.__version__,
-        "cuda": torch.version.cuda,
         "dtype": args.dtype,
         "num_bits": args.num_bits,
         "group_size": args.group_size,

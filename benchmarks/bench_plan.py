@@ -2,6 +2,7 @@
 
     python benchmarks/bench_plan.py --out benchmarks/results/plan.json
     python benchmarks/bench_plan.py --budget 300 --problems 1000 --cublas
+    python benchmarks/bench_plan.py --budget 240 --cublas --cusparselt
     python benchmarks/bench_plan.py --report benchmarks/results/plan.json  # prints an earlier result; needs no GPU
 
 Problems are the linears of language models from 1B to 405B, whole and as slices of 2, 4 and 8 GPUs, with 1 to 16384
@@ -13,7 +14,9 @@ best three of every kernel that are within 3. Each is a CUDA graph of about a mi
 more than 250 MB (the activations are not); the graphs of a problem are replayed in turn. Where another plan seems
 better than the chosen one, both are timed again, longer, in turn, and these times count. The regret is the chosen
 plan's time over the best one's, minus 1. Outputs of all candidates of a problem are compared with the chosen plan's.
-JSON has every measurement, so that the cost model can be fitted again.
+--cublas and --cusparselt time these beside, the latter with the better of its default algorithm and, where its search
+takes less than --search-seconds, the one that this prefers. JSON has every measurement, so that the cost model can be
+fitted again.
 """
 
 import argparse
@@ -26,12 +29,15 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from bench_gemm import ROTATED_BYTES
-from bench_layer import random_scales, random_slices
+from peer_base import LeftOut
+from peers_torch import CuSparseLt, prune_24
 from rich.console import Console
 from rich.table import Table
+from timing import ROTATED_BYTES, Recorder, full_precision_sums, machine
+from weights import random_scales, random_slices
 
 from sparse_marlin import _core
 from sparse_marlin.info import planner_device
@@ -126,7 +132,11 @@ class Pools:
         slice_words = _core.slice_words(args.num_bits)
         words = max(POOL_BYTES // 4, *(self.packed_words(shape) for shape in shapes()))
         self.slices = random_slices(words // slice_words, args.num_bits)
-        self.values = torch.randn(max(needed, largest if args.cublas else 0), device="cuda", dtype=self.dtype)
+        size = max(needed, largest if args.cublas or args.cusparselt else 0)
+        self.values = torch.randn(size, device="cuda", dtype=self.dtype)
+        if args.cusparselt:  # whatever the shape, K is a multiple of 4: one pattern serves all
+            row = 1 << 13
+            self.pruned = prune_24(self.values[: size // row * row].clone().view(-1, row)).view(-1)
 
     def packed_words(self, shape: Shape) -> int:
         rows, row_words = _core.packed_shape(shape.n, shape.k, self.args.num_bits)
@@ -140,57 +150,48 @@ class Pools:
         copies = min(int(ROTATED_BYTES / (4 * words)) + 1, self.slices.shape[0] // count)
         return [self.slices[i * count : (i + 1) * count].view(packed_shape) for i in range(copies)]
 
-    def dense(self, shape: Shape) -> list[torch.Tensor]:
+    def dense(self, shape: Shape, pool: torch.Tensor) -> list[torch.Tensor]:
         size = shape.n * shape.k
-        copies = min(int(ROTATED_BYTES / (2 * size)) + 1, self.values.numel() // size)
-        return [self.values[i * size : (i + 1) * size].view(shape.n, shape.k) for i in range(copies)]
+        copies = min(int(ROTATED_BYTES / (2 * size)) + 1, pool.numel() // size)
+        return [pool[i * size : (i + 1) * size].view(shape.n, shape.k) for i in range(copies)]
 
     def acts(self, tokens: int, k: int) -> torch.Tensor:
         return self.values[: tokens * k].view(tokens, k)
 
 
-class Recorder:
-    """Graphs that share one memory pool, captured and replayed on one stream."""
-
-    def __init__(self) -> None:
-        self.stream = torch.cuda.Stream()
-        self.pool = torch.cuda.graph_pool_handle()
-        # a pool lives as long as a graph that uses it
-        self.anchor = self.capture(lambda _: torch.zeros(1, device="cuda"), 1)
-
-    def capture(self, call: Callable[[int], object], launches: int) -> torch.cuda.CUDAGraph:
-        """What torch.cuda.graph does, less the waiting and the emptying of caches around it."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self.stream):
-            graph.capture_begin(pool=self.pool)
-            for i in range(launches):
-                call(i)
-            graph.capture_end()
-        return graph
-
-    def times(self, graphs: list[torch.cuda.CUDAGraph], launches: int, rounds: int) -> list[list[float]]:
-        """Microseconds of one call, of each graph in each round; one more round comes first."""
-        marks: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in graphs]
-        with torch.cuda.stream(self.stream):
-            for turn in range(rounds + 1):
-                for graph, events in zip(graphs, marks, strict=True):
-                    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                    begin.record()
-                    graph.replay()
-                    end.record()
-                    if turn > 0:
-                        events.append((begin, end))
-        self.stream.synchronize()
-        return [[begin.elapsed_time(end) * 1e3 / launches for begin, end in events] for events in marks]
-
-
 class Sweep:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.pools, self.recorder = Pools(args), Recorder()
+        self.pools, self.recorder, self.left_out = Pools(args), Recorder(), LeftOut()
+        torch.cuda.synchronize()  # the pools; everything from here on is on the recorder's stream
         self.device = planner_device(torch.cuda.current_device())
 
     def measure(self, tokens: int, shape: Shape) -> dict[str, object]:
+        with torch.cuda.stream(self.recorder.stream):
+            return self.measure_here(tokens, shape)
+
+    def others(self, a: torch.Tensor, shape: Shape) -> dict[str, Callable[[int], object]]:
+        """Other people's multiplications, run once."""
+        calls: dict[str, Callable[[int], object]] = {}
+        if self.args.cublas:
+            dense = self.pools.dense(shape, self.pools.values)
+            calls["cublas"] = lambda i: torch.mm(a, dense[i % len(dense)].t())
+            calls["cublas"](0)
+        if self.args.cusparselt:
+            where = f"M={a.shape[0]} {shape.k} -> {shape.n}"
+            if call := self.left_out.attempt("cusparselt", where, self.cusparselt, a, shape):
+                calls["cusparselt"] = call
+        return calls
+
+    def cusparselt(self, a: torch.Tensor, shape: Shape) -> Callable[[int], object]:
+        pruned = self.pools.dense(shape, self.pools.pruned)
+        weights = [torch._cslt_compress(weight) for weight in pruned]
+        peer = CuSparseLt(pruned[0], self.recorder, self.args.search_seconds, weights)
+        call = peer.prepare(a)
+        peer.check(a, call)
+        return call
+
+    def measure_here(self, tokens: int, shape: Shape) -> dict[str, object]:
         args = self.args
         problem = _core.Problem(tokens, shape.n, shape.k, args.group_size, args.num_bits, args.dtype)
         plans = candidates(problem, self.device, args.factor, args.most)
@@ -204,24 +205,20 @@ class Sweep:
 
         calls: list[Callable[[int], object]] = [lambda i, plan=plan: run(plan, i) for plan in plans]
         self.compare(plans, run)
-        if args.cublas:
-            dense = self.pools.dense(shape)
-            calls.append(lambda i: torch.mm(a, dense[i % len(dense)].t()))
-            with torch.cuda.stream(self.recorder.stream):
-                calls[-1](0)
+        others = self.others(a, shape)
+        calls += others.values()
         launches = max(1, min(MAX_LAUNCHES, int(GRAPH_US / plans[0].predicted_us)))
         graphs = [self.recorder.capture(call, launches) for call in calls]
-        times = self.recorder.times(graphs, launches, ROUNDS if plans[0].predicted_us < LONG_US else LONG_ROUNDS)
+        times = self.recorder.times(graphs, ROUNDS if plans[0].predicted_us < LONG_US else LONG_ROUNDS)
         medians = [statistics.median(t) for t in times]
         best = min(range(len(plans)), key=medians.__getitem__)
         if medians[0] > (1 + CONFIRM_ABOVE) * medians[best]:
-            again = self.recorder.times([graphs[0], graphs[best]], launches, CONFIRM_ROUNDS)
+            again = self.recorder.times([graphs[0], graphs[best]], CONFIRM_ROUNDS)
             for i, t in zip((0, best), again, strict=True):
                 times[i], medians[i] = t, statistics.median(t)
         ranges = [[min(t), max(t)] for t in times]
         row: dict[str, object] = {"shape": shape.name, "m": tokens, "n": shape.n, "k": shape.k}
-        if args.cublas:
-            row["cublas_us"] = round(medians[-1], 3)
+        row |= {f"{name}_us": round(us, 3) for name, us in zip(others, medians[len(plans) :], strict=True)}
         row["plans"] = [
             [plan.tile, plan.splits, *(round(us, 3) for us in (plan.predicted_us, median, *span))]
             for plan, median, span in zip(plans, medians, ranges, strict=False)
@@ -230,17 +227,16 @@ class Sweep:
 
     def compare(self, plans: list[_core.Plan], run: Callable[[_core.Plan, int], torch.Tensor]) -> None:
         """No candidate is timed whose result differs by more than roundings do. Loads the kernels, too."""
-        with torch.cuda.stream(self.recorder.stream):
-            wanted = self.last_rows(run(plans[0], 0))
-            tolerance = 4 * torch.finfo(self.pools.dtype).eps * wanted.norm()
-            for plan in plans[1:]:
-                error = (self.last_rows(run(plan, 0)) - wanted).norm()
-                if not bool(error <= tolerance):  # NaN, too
-                    tile = _core.TILES[plan.tile]
-                    raise AssertionError(
-                        f"tile {plan.tile} ({tile.block_m}x{tile.block_n} {tile.kernel} share {tile.share}) splits "
-                        f"{plan.splits}: differs from the chosen plan by {float(error / wanted.norm()):.2e}"
-                    )
+        wanted = self.last_rows(run(plans[0], 0))
+        tolerance = 4 * torch.finfo(self.pools.dtype).eps * wanted.norm()
+        for plan in plans[1:]:
+            error = (self.last_rows(run(plan, 0)) - wanted).norm()
+            if not bool(error <= tolerance):  # NaN, too
+                tile = _core.TILES[plan.tile]
+                raise AssertionError(
+                    f"tile {plan.tile} ({tile.block_m}x{tile.block_n} {tile.kernel} share {tile.share}) splits "
+                    f"{plan.splits}: differs from the chosen plan by {float(error / wanted.norm()):.2e}"
+                )
 
     @staticmethod
     def last_rows(out: torch.Tensor) -> torch.Tensor:
@@ -291,15 +287,23 @@ def report(result: dict[str, object]) -> None:
         best = min(row["plans"], key=lambda plan: plan[3])
         print(f"  {regret(row):6.1%}  M={row['m']} {row['k']} -> {row['n']} ({row['shape']})")
         print(f"          chosen {plan_text(tiles, row['plans'][0])}; best {plan_text(tiles, best)}")
-    slow = [row for row in rows if "cublas_us" in row and row["cublas_us"] < row["plans"][0][3]]
-    if slow:
-        print("slower than cuBLAS:")
-        for row in sorted(slow, key=lambda row: row["cublas_us"] / row["plans"][0][3]):
-            us = row["plans"][0][3]
-            print(f"  {row['cublas_us'] / us:.2f}  M={row['m']} {row['k']} -> {row['n']}: {us:.2f} us")
+    for key, name in (("cublas_us", "cuBLAS"), ("cusparselt_us", "cuSPARSELt")):
+        against(rows, key, name)
     ratios = sorted(row["plans"][0][3] / row["plans"][0][2] for row in rows)
     deciles = [f"{ratios[int(share * (len(ratios) - 1))]:.2f}" for share in (0.1, 0.5, 0.9)]
     print(f"measured / predicted of the chosen plan, at 10, 50 and 90 %: {', '.join(deciles)}")
+
+
+def against(rows: list[dict[str, Any]], key: str, name: str) -> None:
+    """Where the chosen plan is slower than somebody else's kernel, and the least ratio."""
+    ratios = sorted(((row[key] / row["plans"][0][3], i) for i, row in enumerate(rows) if key in row))
+    if not ratios:
+        return
+    print(f"x {name}: least {ratios[0][0]:.2f}, below 1 at {sum(x < 1 for x, _ in ratios)} of {len(ratios)} problems")
+    for ratio, i in ratios:
+        if ratio < 1:
+            row = rows[i]
+            print(f"  {ratio:.2f}  M={row['m']} {row['k']} -> {row['n']}: {row['plans'][0][3]:.2f} us")
 
 
 def write(path: Path, result: dict[str, object]) -> None:
@@ -321,6 +325,8 @@ def main() -> int:
     parser.add_argument("--factor", type=float, default=1.6, help="predicted time over the best one, of candidates")
     parser.add_argument("--most", type=int, default=14, help="candidates within the factor, at most")
     parser.add_argument("--cublas", action="store_true", help="time cuBLAS beside")
+    parser.add_argument("--cusparselt", action="store_true", help="time cuSPARSELt beside; takes as long again")
+    parser.add_argument("--search-seconds", type=float, default=0.1, help="the longest of cuSPARSELt's searches")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--report", type=Path, help="print the summary of this JSON file and measure nothing")
     args = parser.parse_args()
@@ -328,8 +334,7 @@ def main() -> int:
         report(json.loads(args.report.read_text()))
         return 0
     torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    full_precision_sums()
     rows: list[dict[str, object]] = []
     failure = ""
     with torch.inference_mode():
@@ -347,12 +352,11 @@ def main() -> int:
                 break
         left = end - time.monotonic()
     result: dict[str, object] = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
+        **machine(),
         "dtype": args.dtype,
         "num_bits": args.num_bits,
         "group_size": args.group_size,
+        "left_out": sweep.left_out.reasons,
         "num_sms": sweep.device.num_sms,
         "factor": args.factor,
         "most": args.most,

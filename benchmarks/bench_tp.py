@@ -32,8 +32,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bench_gemm import ROTATED_BYTES, WGMMA_SP_TFLOPS, copy_bandwidth, sparse_tflops
-from bench_layer import check_rows, random_packed, random_scales, random_slices
 from rich.console import Console
 from rich.table import Table
 from slice_plans import (
@@ -47,7 +45,18 @@ from slice_plans import (
     floor_us,
     slices,
 )
+from timing import (
+    REPLAYS,
+    ROTATED_BYTES,
+    WGMMA_SP_TFLOPS,
+    copy_bandwidth,
+    full_precision_sums,
+    machine,
+    positive_ints,
+    sparse_tflops,
+)
 from torch import nn
+from weights import check_rows, random_packed, random_scales, random_slices
 
 import sparse_marlin
 from sparse_marlin import SparseMarlinLinear, _core
@@ -57,7 +66,7 @@ from sparse_marlin.shard_plan import split_heads, split_layer
 from sparse_marlin.slicing import PackedLayer, concat_out, owned
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD = 8192, 28672, 64, 8, 128
-REPLAYS, ROUNDS = 5, 2
+ROUNDS = 2
 GRAPH_US = 3000.0
 Range = tuple[int, int]
 Call = Callable[[torch.Tensor], torch.Tensor]
@@ -280,7 +289,7 @@ class Model:
 
     def workloads(self) -> Iterator[tuple[str, int, int, int]]:
         """(what, batch, tokens of a sequence, context of the cache)"""
-        for batch in map(int, self.args.batches.split(",")):
+        for batch in self.args.batches:
             yield "decode", batch, 1, self.args.context
         yield "prefill", 1, self.args.prompt, 0
 
@@ -389,8 +398,8 @@ def measure_slices(args: argparse.Namespace, ranks: Ranks) -> list[dict[str, obj
             found[key] = us, floor_us(*key, bandwidth, tflops) / us
         return found[key]
 
-    for m in map(int, args.tokens.split(",")):
-        for part, whole in slices(tuple(map(int, args.world_sizes.split(",")))):
+    for m in args.tokens:
+        for part, whole in slices(tuple(args.world_sizes)):
             us, of_floor = fraction(m, part)
             plan = _core.plan(_core.Problem(m, part.n, part.k, GROUP_SIZE, NUM_BITS), device)
             tile = _core.TILES[plan.tile]
@@ -480,18 +489,18 @@ def main() -> None:
     parser.add_argument("--num-bits", type=int, choices=(4, 8), default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=2, help="with different weights, in one graph")
-    parser.add_argument("--batches", default="1,16,64")
+    parser.add_argument("--batches", type=positive_ints, default=[1, 16, 64])
     parser.add_argument("--context", type=int, default=1024, help="tokens that a decoding step sees")
     parser.add_argument("--prompt", type=int, default=1024)
     parser.add_argument("--slices", action="store_true", help="slices of single linears on one GPU instead")
-    parser.add_argument("--tokens", default="1,16,64,256,1024", help="with --slices")
-    parser.add_argument("--world-sizes", default=",".join(map(str, WORLD_SIZES)), help="with --slices")
+    parser.add_argument("--tokens", type=positive_ints, default=[1, 16, 64, 256, 1024], help="with --slices")
+    parser.add_argument("--world-sizes", type=positive_ints, default=list(WORLD_SIZES), help="with --slices")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--scale", type=int, default=1, help="divides every size, to try the script out")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    full_precision_sums()
     started = time.monotonic()
     ranks = Ranks(args.device)
     with torch.inference_mode():
@@ -501,10 +510,8 @@ def main() -> None:
             model = Model(args, ranks)
             rows = [model.measure(*workload) for workload in model.workloads()]
     result: dict[str, object] = {
-        "gpu": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
+        **(machine() if args.device == "cuda" else {"gpu": "CPU", "torch": torch.__version__}),
         "world_size": ranks.size,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if args.device == "cuda" else None,
         "dtype": "float16",
         "num_bits": args.num_bits,

@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bench_gemm import WGMMA_SP_TFLOPS
 from rich.console import Console
 from rich.table import Table
+from timing import WGMMA_SP_TFLOPS, positive_ints
 
 from sparse_marlin import _core
 
@@ -115,10 +115,10 @@ def predictions(tokens: tuple[int, ...] = TOKENS) -> Iterator[Prediction]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--tokens", type=positive_ints, default=list(TOKENS))
     parser.add_argument("--all", action="store_true", help="those that reach the limit, too")
     args = parser.parse_args()
-    found = list(predictions(tuple(map(int, args.tokens.split(",")))))
+    found = list(predictions(tuple(args.tokens)))
     table = Table(title=f"H100, predicted; limit {LIMIT} of the whole layer's fraction of the floor")
     for column in ("slice", "tokens", "us", "floor us", "of whole", "plan", "reason"):
         table.add_column(column, justify="left" if column in ("slice", "plan", "reason") else "right")

@@ -7,11 +7,9 @@ For bench_plan.py's files: python benchmarks/bench_plan.py --report FILE.
 
 import argparse
 import json
-import statistics
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
+from summary import PEERS, Row, geometric_means, least_ratios, measured_peers, own_speedup, peer_speedup
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -23,23 +21,37 @@ def gemm_table(result: Row) -> str:
     rows: list[Row] = result["rows"]
     tokens = sorted({row["m"] for row in rows})
 
-    def mean(m: int, key: str) -> str:
-        values = [row[key] for row in rows if row["m"] == m and key in row]
-        return f"{statistics.geometric_mean(values):.2f}" if values else ""
+    def line(label: str, values: dict[int, float], digits: int = 2) -> list[str]:
+        return [label, *(f"{values[m]:.{digits}f}" if m in values else "" for m in tokens)]
 
-    lines = [["**geometric mean**", *(mean(m, "speedup") for m in tokens)]]
-    if any("sparse_marlin_speedup" in row for row in rows):
-        lines.append(["public Sparse-Marlin, geometric mean", *(mean(m, "sparse_marlin_speedup") for m in tokens)])
+    lines = [line("**geometric mean**", geometric_means(rows, own_speedup))]
+    for name in measured_peers(rows):
+        means = geometric_means(rows, lambda row, name=name: peer_speedup(row, name))
+        lines.append(line(f"{PEERS[name]}, geometric mean", means))
     for shape in dict.fromkeys(row["shape"] for row in rows):
         found = {row["m"]: row for row in rows if row["shape"] == shape}
         k, n = next((row["k"], row["n"]) for row in found.values())
-        for label, text in (
-            (f"{shape}, {k} → {n}", lambda row: f"{row['speedup']:.2f}"),
-            ("us", lambda row: f"{row['us']:.1f}"),
-            ("of floor", lambda row: f"{row['floor_fraction']:.2f}"),
-        ):
-            lines.append([label, *(text(found[m]) if m in found else "" for m in tokens)])
+        lines += [
+            line(f"{shape}, {k} → {n}", {m: row["speedup"] for m, row in found.items()}),
+            line("us", {m: row["us"] for m, row in found.items()}, digits=1),
+        ]
+        if floors := {m: row["floor_fraction"] for m, row in found.items() if "floor_fraction" in row}:
+            lines.append(line("of floor", floors))
+        for name in measured_peers(found.values()):
+            speedups = {m: peer_speedup(row, name) for m, row in found.items()}
+            lines.append(line(PEERS[name], {m: x for m, x in speedups.items() if x is not None}))
     return markdown(["tokens", *map(str, tokens)], lines)
+
+
+def gemm_remarks(result: Row) -> list[str]:
+    """Where ours comes closest to being slower than the others, and what was left out."""
+    rows: list[Row] = result["rows"]
+    remarks = [f"Least x {name}: {ratio:.2f} ({at})." for name, (ratio, at) in least_ratios(rows).items()]
+    for name, reasons in result.get("left_out", {}).items():
+        for reason, places in reasons.items():
+            where = ", ".join(places[:4]) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
+            remarks.append(f"{PEERS.get(name, name)} left out: {reason} ({where}).")
+    return remarks
 
 
 def layer_table(result: Row) -> str:
@@ -114,10 +126,13 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path)
     for path in parser.parse_args().files:
         result = json.loads(path.read_text())
-        print(
-            f"{path.name}: {result['gpu']}, {result['dtype']}, {result['num_bits']} bits, group {result['group_size']}"
-        )
+        what = [result["gpu"], result["dtype"], f"{result['num_bits']} bits", f"group {result['group_size']}"]
+        if result.get("kernel"):
+            what.append(f"the {result['kernel']} kernel alone")
+        print(f"{path.name}: {', '.join(what)}")
         print(f"\n{table(result)}\n")
+        if "tflops" in result["rows"][0]:
+            print("\n".join(f"- {remark}" for remark in gemm_remarks(result)) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,6 @@
 """What tensor parallelism does to the planner's choices, by its own prediction for an H100 (no GPU needed)."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 import slice_plans
 
 PREDICTIONS = list(slice_plans.predictions())
