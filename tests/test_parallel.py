@@ -136,6 +136,20 @@ def test_parts_of_a_layer_make_the_layer(device, shape, world_size):
     assert_accepted(total, x, layer.codes(), layer.scales, group_size, layer.bias, "rows")
 
 
+@pytest.mark.skipif(not hasattr(random_layer(4, 4), "rank"), reason="layers of this version have no correction")
+def test_a_low_rank_correction_is_cut_with_its_layer(device):
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    layer = random_layer(N, K, dtype=dtype, device=device)
+    torch.manual_seed(0)
+    layer._set_correction("layer", torch.randn(N, 8) * 0.1, torch.randn(8, K) * 0.1)
+    x = activations(5, K, dtype=dtype, device=device)
+    wanted, eps = layer(x).double(), torch.finfo(dtype).eps
+    columns = [cut_linear(layer, True, part)(x) for part in split_layer(layer, 3, True)]
+    rows = [cut_linear(layer, False, part)(x[:, slice(*part)]).double() for part in split_layer(layer, 3, False)]
+    for made in (torch.cat(columns, -1).double(), sum(rows)):
+        assert bool(((made - wanted).abs() <= 16 * eps * wanted.abs().max()).all())
+
+
 def test_one_process_alone_computes_the_whole(device):
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     layer = random_layer(N, K, True, dtype=dtype, device=device)

@@ -233,6 +233,7 @@ def cut_linear(linear: nn.Module, column: bool, part: Range, *, bias: bool = Tru
     if isinstance(linear, SparseMarlinLinear):
         whole = PackedLayer.of(linear, name)
         made = owned(slice_out(whole, start, stop) if column else slice_in(whole, start, stop)).to_linear(kept)
+        _cut_correction(linear, made, column, part, name)
     elif isinstance(linear, nn.Linear):
         weight = linear.weight.detach()
         made = dense_linear((weight[start:stop] if column else weight[:, start:stop]).clone(), kept)
@@ -242,6 +243,16 @@ def cut_linear(linear: nn.Module, column: bool, part: Range, *, bias: bool = Tru
     if kept is not None:
         made.bias.requires_grad_(old.requires_grad)
     return made.train(linear.training)
+
+
+def _cut_correction(whole: Any, part: Any, column: bool, features: Range, name: str) -> None:
+    """The low-rank correction beside the weight, if there is one: its outputs, or its inputs, are cut with it. The sum
+    over the ranks of `up @ (down[:, part] @ x[part])` is the whole correction."""
+    up, down = getattr(whole, "correction_up", None), getattr(whole, "correction_down", None)
+    if up is None or down is None:
+        return
+    start, stop = features
+    part._set_correction(name, up[start:stop] if column else up, down if column else down[:, start:stop])
 
 
 def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
