@@ -27,9 +27,9 @@ H100 = _core.Device(90, 132, 227 << 10, 228 << 10, 50 << 20)
 H100_BYTES_PER_US = 2.9e6  # of a large kernel
 GROUP_SIZE, NUM_BITS = 128, 4
 
-SHORT_US = 25.0  # floor of a slice below which a launch's fixed costs keep it under the limit
+FIXED_US = 3.0  # launch, first bytes, last store, exchange between splits: what does not shrink with a slice
 MANY_TOKENS = 256  # from where the outputs of a row slice weigh
-IDLE = 0.08  # of the GPU in the last round of tiles
+FULL_TILE, FULL_ROUNDS = (128, 256), 2  # tokens and features; a GPU is well filled by two rounds of these
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,6 @@ class Prediction:
     what: Slice
     tokens: int
     plan: _core.Plan
-    whole_plan: _core.Plan
     floor_us: float
     ratio: float  # fraction of the floor, slice over whole
 
@@ -89,19 +88,14 @@ class Prediction:
         """Why a slice stays under the limit whatever the plan; None where nothing explains it."""
         if self.ratio >= LIMIT:
             return "reaches the limit"
-        if self.floor_us < SHORT_US:
-            return f"shorter than {SHORT_US:.0f} us: fixed costs of a launch"
         if not self.what.column and self.tokens >= MANY_TOKENS:
-            return "row slice of many tokens: every rank writes all outputs, its loop over K is short"
-        if max(self._idle(self.plan), self._idle(self.whole_plan)) >= IDLE:
-            return "few tiles: part of the GPU has none in the last round, or takes smaller ones"
+            return "outputs: every rank writes all of them, for a short loop over K"
+        if self.plan.predicted_us * (1 - self.ratio / LIMIT) < FIXED_US:
+            return f"fixed costs: the limit is missed by less than {FIXED_US:.0f} us"
+        tiles = -(-self.tokens // FULL_TILE[0]) * -(-self.what.n // FULL_TILE[1])
+        if tiles < FULL_ROUNDS * H100.num_sms:
+            return f"few tiles: less than {FULL_ROUNDS} rounds of {FULL_TILE[0]} x {FULL_TILE[1]}"
         return None
-
-    def _idle(self, plan: _core.Plan) -> float:
-        """Of the GPU, while it computes the slice in this plan's tiles."""
-        tile = _core.TILES[plan.tile]
-        tiles = -(-self.tokens // tile.block_m) * -(-self.what.n // tile.block_n) * plan.splits
-        return 1 - tiles / H100.num_sms / -(-tiles // H100.num_sms)
 
 
 def predictions(tokens: tuple[int, ...] = TOKENS) -> Iterator[Prediction]:
@@ -110,7 +104,7 @@ def predictions(tokens: tuple[int, ...] = TOKENS) -> Iterator[Prediction]:
             plans = [_core.plan(_core.Problem(m, each.n, each.k, GROUP_SIZE, NUM_BITS), H100) for each in (part, whole)]
             floors = [floor_us(m, each.n, each.k) for each in (part, whole)]
             fractions = [floor / plan.predicted_us for floor, plan in zip(floors, plans, strict=True)]
-            yield Prediction(part, m, *plans, floors[0], fractions[0] / fractions[1])
+            yield Prediction(part, m, plans[0], floors[0], fractions[0] / fractions[1])
 
 
 def main() -> None:

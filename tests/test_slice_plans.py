@@ -33,12 +33,12 @@ def test_two_ranks_decode_at_the_whole_layers_fraction(model):
 
 def test_slices_are_those_that_sharding_makes():
     """The sizes assumed here are the ones that the sharding plan gives."""
-    from sparse_marlin import SparseMarlinLinear
+    from sparse_marlin import SparseMarlinLinear, _core
     from sparse_marlin.shard_plan import split_layer
 
     for part, whole in slice_plans.slices():
         layer = SparseMarlinLinear(whole.k, whole.n, device="meta", group_size=slice_plans.GROUP_SIZE)
         sizes = {stop - start for start, stop in split_layer(layer, part.world_size, part.column)}
         size = part.n if part.column else part.k
-        unit = 64 if part.column else 128
+        unit = _core.TILE_ROWS if part.column else _core.TILE_COLS
         assert max(sizes) - size < unit, part.name  # equal, or one tile more on some ranks
