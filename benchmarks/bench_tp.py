@@ -1,7 +1,7 @@
-"""Times a decoder layer of Llama-3-70B's shape on 1 and 2 GPUs, dense float16 against 2:4-sparse, and layers' slices.
+"""Times a decoder layer of Llama-3-70B's shape on 1 and 2 GPUs, dense float16 against 2:4-sparse.
 
     torchrun --standalone --nproc-per-node 2 benchmarks/bench_tp.py --out benchmarks/results/tp.json
-    python benchmarks/bench_tp.py --slices --out benchmarks/results/tp_slices.json     # one GPU
+    python benchmarks/bench_tp.py                   # one GPU, or whatever a single process has
     torchrun --standalone --nproc-per-node 2 benchmarks/bench_tp.py --device cpu --scale 16   # tries the script out
 
 The layer: norm, fused q, k, v, rotary embedding, grouped-query attention, o, norm, fused gate and up, SiLU, down, with
@@ -14,16 +14,10 @@ Correctness first: each packed linear of each rank against float64, and the resu
 further from it than the dense layers' are from each other, times two. Contestants take turns; a time is the slowest
 rank's, the median of the replays counts. "all-reduce" is the share of a layer's time that disappears when the sums are
 left out of the same graph (waiting for the other rank included), and beside it what the two sums take alone.
-
---slices: every linear of 8B, 70B and 405B on 1, 2, 4 and 8 ranks as one GPU runs it, as a fraction of the floor
-(bench_gemm.py's), against the whole layer's.
 """
 
 import argparse
-import datetime
-import itertools
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -32,35 +26,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ranks import Ranks
 from rich.console import Console
 from rich.table import Table
-from slice_plans import (
-    GROUP_SIZE,
-    H100,
-    H100_BYTES_PER_US,
-    LIMIT,
-    NUM_BITS,
-    WORLD_SIZES,
-    Slice,
-    floor_us,
-    slices,
-)
 from timing import (
-    REPLAYS,
-    ROTATED_BYTES,
-    WGMMA_SP_TFLOPS,
-    copy_bandwidth,
     full_precision_sums,
     machine,
     positive_ints,
-    sparse_tflops,
 )
 from torch import nn
-from weights import check_rows, random_packed, random_scales, random_slices
+from weights import check_rows, random_packed, random_scales
 
-import sparse_marlin
-from sparse_marlin import SparseMarlinLinear, _core
-from sparse_marlin.info import planner_device
+from sparse_marlin import SparseMarlinLinear
 from sparse_marlin.parallel import RowParallelLinear, cut_linear, dense_linear
 from sparse_marlin.shard_plan import split_heads, split_layer
 from sparse_marlin.slicing import PackedLayer, concat_out, owned
@@ -70,76 +47,6 @@ ROUNDS = 2
 GRAPH_US = 3000.0
 Range = tuple[int, int]
 Call = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Ranks:
-    """This process's place: rank 0 of 1 without torchrun."""
-
-    def __init__(self, device: str) -> None:
-        self.size, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-        self.device = (
-            torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device("cpu")
-        )
-        if device == "cuda":
-            torch.cuda.set_device(self.device)
-        if self.size > 1:
-            dist.init_process_group(
-                "nccl" if device == "cuda" else "gloo",
-                timeout=datetime.timedelta(seconds=60),
-                device_id=self.device if device == "cuda" else None,
-            )
-
-    def barrier(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        if self.size > 1:
-            dist.barrier()
-
-    def slowest(self, values: list[float]) -> list[float]:
-        times = torch.tensor(values, device=self.device)
-        if self.size > 1:
-            dist.all_reduce(times, op=dist.ReduceOp.MAX)
-        return times.tolist()
-
-    def all_true(self, value: bool) -> bool:
-        flag = torch.tensor(float(value), device=self.device)
-        if self.size > 1:
-            dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-        return bool(flag)
-
-    def time_us(self, call: Callable[[], object], passes: int) -> list[float]:
-        """Microseconds of one call on the slowest rank, from replays of a CUDA graph of `passes` calls."""
-        if self.device.type == "cpu":
-            found = []
-            for _ in range(2):
-                self.barrier()
-                start = time.perf_counter()
-                call()
-                found.append((time.perf_counter() - start) * 1e6)
-            return self.slowest(found)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # loads kernels, opens connections
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.barrier()
-        graph = torch.cuda.CUDAGraph()
-        # NCCL's watchdog is another thread of this process, which may ask the driver something meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            for _ in range(passes):
-                call()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        graph.replay()
-        found = []
-        for _ in range(REPLAYS):
-            self.barrier()
-            begin.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            found.append(begin.elapsed_time(end) * 1e3 / passes)
-        return self.slowest(found)
 
 
 class Layer:
@@ -377,72 +284,6 @@ def fused(linears: list[nn.Module]) -> nn.Module:
     return dense_linear(torch.cat([each.weight.detach() for each in linears]), None)  # type: ignore[operator, union-attr]
 
 
-# --- slices -----------------------------------------------------------------------------------------------------------
-
-
-def measure_slices(args: argparse.Namespace, ranks: Ranks) -> list[dict[str, object]]:
-    """Microseconds and fraction of the floor of every slice and whole layer, on one GPU."""
-    on_gpu = args.device == "cuda"
-    bandwidth, tflops = (copy_bandwidth(), sparse_tflops()) if on_gpu else (H100_BYTES_PER_US, WGMMA_SP_TFLOPS)
-    device = planner_device(torch.cuda.current_device()) if on_gpu else H100
-    shapes = [_core.packed_shape(whole.n, whole.k, NUM_BITS) for _, whole in slices()]
-    words = max(*(rows * words for rows, words in shapes), int(4 * ROTATED_BYTES if on_gpu else 0) // 4)
-    pool = random_slices(-(-words // _core.slice_words(NUM_BITS)), NUM_BITS, args.device).view(-1)
-    found: dict[tuple[int, int, int], tuple[float, float]] = {}
-    rows: list[dict[str, object]] = []
-
-    def fraction(m: int, each: Slice) -> tuple[float, float]:
-        key = (m, each.n, each.k)
-        if key not in found:
-            us = gemm_us(ranks, pool, *key)
-            found[key] = us, floor_us(*key, bandwidth, tflops) / us
-        return found[key]
-
-    for m in args.tokens:
-        for part, whole in slices(tuple(args.world_sizes)):
-            us, of_floor = fraction(m, part)
-            plan = _core.plan(_core.Problem(m, part.n, part.k, GROUP_SIZE, NUM_BITS), device)
-            tile = _core.TILES[plan.tile]
-            ratio = of_floor / fraction(m, whole)[1]
-            rows.append(
-                {
-                    "slice": part.name,
-                    "m": m,
-                    "n": part.n,
-                    "k": part.k,
-                    "slice_us": us,
-                    "predicted_us": plan.predicted_us,
-                    "whole_us": fraction(m, whole)[0],
-                    "floor_us": of_floor * us,
-                    "floor_fraction": of_floor,
-                    "of_whole": ratio,
-                    "under_limit": ratio < LIMIT,
-                    "plan": f"{tile.kernel} {tile.block_m}x{tile.block_n} splits {plan.splits}",
-                }
-            )
-    return rows
-
-
-def gemm_us(ranks: Ranks, pool: torch.Tensor, m: int, n: int, k: int) -> float:
-    """One multiplication with weights from the pool, in turn, so that no cache keeps them; the median of replays."""
-    shape = _core.packed_shape(n, k, NUM_BITS)
-    length = shape[0] * shape[1]
-    copies = max(1, min(pool.numel() // length, 48))
-    weights = [pool[i * length : (i + 1) * length].view(shape) for i in range(copies)]
-    scales = random_scales(n, k, GROUP_SIZE, NUM_BITS, torch.float16, ranks.device.type)
-    a = torch.randn(m, k, device=ranks.device).half()
-    some = a[:17]
-    out = sparse_marlin.sparse_marlin_gemm(some, weights[0], scales)
-    check_rows(some, out, weights[0], scales, GROUP_SIZE, NUM_BITS)
-    gemm, turn = torch.ops.sparse_marlin.sparse_marlin_gemm, itertools.count()
-
-    def call() -> object:
-        return gemm(a, weights[next(turn) % copies], scales, GROUP_SIZE, NUM_BITS)
-
-    passes = max(3, min(48, int(1200 / (4 + length / 6e5 + 2 * m * n * k / 1e9))))
-    return statistics.median(ranks.time_us(call, passes))
-
-
 # --- output -----------------------------------------------------------------------------------------------------------
 
 
@@ -473,17 +314,6 @@ def print_layers(result: dict[str, object], rows: list[dict[str, object]]) -> No
     Console(width=130).print(table)
 
 
-def print_slices(rows: list[dict[str, object]]) -> None:
-    under = [row for row in rows if row["under_limit"]]
-    table = Table(title=f"slices under {LIMIT} of the whole layer's fraction of the floor: {len(under)} of {len(rows)}")
-    for column in ("slice", "m", "us", "predicted", "floor us", "of whole", "plan"):
-        table.add_column(column, justify="left" if column in ("slice", "plan") else "right")
-    for row in under:
-        values = [f"{float(str(row[key])):.1f}" for key in ("slice_us", "predicted_us", "floor_us")]
-        table.add_row(str(row["slice"]), str(row["m"]), *values, f"{float(str(row['of_whole'])):.2f}", str(row["plan"]))
-    Console(width=130).print(table)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-bits", type=int, choices=(4, 8), default=4)
@@ -492,9 +322,6 @@ def main() -> None:
     parser.add_argument("--batches", type=positive_ints, default=[1, 16, 64])
     parser.add_argument("--context", type=int, default=1024, help="tokens that a decoding step sees")
     parser.add_argument("--prompt", type=int, default=1024)
-    parser.add_argument("--slices", action="store_true", help="slices of single linears on one GPU instead")
-    parser.add_argument("--tokens", type=positive_ints, default=[1, 16, 64, 256, 1024], help="with --slices")
-    parser.add_argument("--world-sizes", type=positive_ints, default=list(WORLD_SIZES), help="with --slices")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--scale", type=int, default=1, help="divides every size, to try the script out")
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -504,11 +331,8 @@ def main() -> None:
     started = time.monotonic()
     ranks = Ranks(args.device)
     with torch.inference_mode():
-        if args.slices:
-            rows = measure_slices(args, ranks)
-        else:
-            model = Model(args, ranks)
-            rows = [model.measure(*workload) for workload in model.workloads()]
+        model = Model(args, ranks)
+        rows = [model.measure(*workload) for workload in model.workloads()]
     result: dict[str, object] = {
         **(machine() if args.device == "cuda" else {"gpu": "CPU", "torch": torch.__version__}),
         "world_size": ranks.size,
@@ -524,10 +348,7 @@ def main() -> None:
     if ranks.rank == 0:
         if args.out:
             args.out.write_text(json.dumps(result, indent=1) + "\n")
-        if args.slices:
-            print_slices(rows)
-        else:
-            print_layers(result, rows)
+        print_layers(result, rows)
     if ranks.size > 1:
         dist.destroy_process_group()
 

@@ -4,7 +4,7 @@
     python benchmarks/slice_plans.py --all --tokens 1,64,1024
 
 The linears are those of Llama 8B, 70B and 405B with q, k, v and gate, up fused; qkv and gate_up are cut along their
-output features, o and down along their input features. `bench_tp.py --slices` measures the same.
+output features, o and down along their input features. `bench_slices.py` measures the same.
 """
 
 import argparse

@@ -107,7 +107,9 @@ def table(result: Row) -> str:
     """The table of whichever benchmark wrote this."""
     rows = result.get("rows")
     if not rows:
-        raise ValueError("no rows: not a file of bench_gemm.py, bench_layer.py, bench_model.py or bench_tp.py")
+        raise ValueError(
+            "no rows: not a file of bench_gemm.py, bench_layer.py, bench_model.py, bench_tp.py or bench_slices.py"
+        )
     kinds = (
         ("tflops", gemm_table),
         ("dependent_us", layer_table),

@@ -225,6 +225,7 @@ def layer_results():
     return found
 
 
+@pytest.mark.slow
 def test_parallel_layers_over_processes(processes):
     _, ranks = processes["layers"]
     for shape, dtype in itertools.product(SHAPES, DTYPES):
@@ -259,6 +260,7 @@ def compiled_results():
         return block(x), torch.compile(block, fullgraph=True, backend="aot_eager")(x)
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph(processes):
     world_size, answers = processes["compiled"]
     if world_size != 2:
@@ -291,6 +293,7 @@ def model_results():
     return found
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_models_over_processes(processes):
     world_size, ranks = processes["models"]
@@ -309,17 +312,20 @@ def test_models_over_processes(processes):
 
 
 @torch.no_grad()
-def test_a_model_is_cut_once_and_stays_as_it_was_if_it_cannot_be():
+def test_a_model_is_cut_once_and_stays_as_it_was_if_it_cannot_be(tmp_path):
     model = tiny_llama(layers=1)
-    before = dict(model.named_modules())
+    plain = nn.Sequential(random_layer(64, 128))
     with pytest.raises(ValueError, match="without one"):
-        tensor_parallel(nn.Sequential(random_layer(64, 128)))
+        tensor_parallel(plain)
+    assert type(plain[0]) is SparseMarlinLinear
     tensor_parallel(model)
     assert isinstance(model.model.layers[0].mlp.down_proj, RowParallelLinear)
     assert isinstance(model.model.layers[0].mlp.up_proj, ColumnParallelLinear)
     with pytest.raises(ValueError, match="got one that is cut already"):
         tensor_parallel(model)
-    assert before
+    with pytest.raises(ValueError, match="expected a whole model, got one that tensor parallelism has cut"):
+        save_checkpoint(model, tmp_path / "cut")
+    assert not list(tmp_path.iterdir())
 
 
 SAVED = ("model", "marlin-24", "gptq-marlin-24", "tied")
@@ -337,6 +343,7 @@ def loaded_results(folder):
     return found
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_saved_models_of_three_formats_open_sharded(processes, saved):
     world_size, ranks = processes["loaded"]
@@ -395,6 +402,7 @@ def folders(saved, tmp_path_factory):
     return {"saved": saved / "model", "dense": dense}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["saved", "dense"])
 def test_generate_under_torchrun_gives_the_same_tokens(folders, source):
     call = ["-m", "sparse_marlin", "generate", folders[source], "--prompt", "Qwerty", "--max-new-tokens", "8"]
@@ -428,6 +436,7 @@ def wrong_shares():
     return said
 
 
+@pytest.mark.slow
 def test_wrong_shares_are_refused(processes):
     first, second = processes["refused"][1][:2]
     world_size = processes["refused"][0]

@@ -211,6 +211,7 @@ def blocks(sources, x):
     return [block(files, config, x) for files, config in sources]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_over_processes_against_the_dense_computation(checkpoint, world_size):
     sources = [checkpoint(naming) for naming in NAMINGS]

@@ -145,8 +145,14 @@ def save_checkpoint(
 
     Raises:
         ValueError: `out` exists and `overwrite` is not set, a model without packed layers, or a layer still on the meta
-            device.
+            device, or a model of which this process has only a tensor-parallel part.
     """
+    from .parallel import is_cut
+
+    if is_cut(model):
+        raise ValueError(
+            "save_checkpoint: model: expected a whole model, got one that tensor parallelism has cut; save it before"
+        )
     config = describe(model)
     if not config.layers:
         raise ValueError(

@@ -328,7 +328,7 @@ def tensor_parallel(model: nn.Module, group: Group = None) -> ParallelReport:
         ValueError: a model without such a plan, or one that is cut already. The model is left as it was.
     """
     rank, world_size = rank_and_size(group)
-    if any(isinstance(module, (ColumnParallelLinear, RowParallelLinear)) for module in model.modules()):
+    if is_cut(model):
         raise ValueError("tensor_parallel: model: expected a whole model, got one that is cut already")
     before = module_bytes(model)
     plan = make_plan(model, world_size)
@@ -336,6 +336,11 @@ def tensor_parallel(model: nn.Module, group: Group = None) -> ParallelReport:
         name: _parallel(model.get_submodule(name), cut, group, name) for name, cut in plan.cuts.items()
     }
     return install_parts(model, plan, made, rank, before)
+
+
+def is_cut(model: nn.Module) -> bool:
+    """Whether a model has only a rank's part of its layers."""
+    return any(isinstance(module, (ColumnParallelLinear, RowParallelLinear)) for module in model.modules())
 
 
 def install_parts(
