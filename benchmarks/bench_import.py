@@ -37,7 +37,7 @@ VALID_NIBBLES = (0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110)
 
 
 def random_layer(n: int, k: int, num_bits: int) -> dict[str, torch.Tensor]:
-    """Any words are codes; metadata is any of the six pairs of rising indices."""
+    """Any words are codes; metadata is made of the six pairs of rising indices."""
     generator = torch.Generator().manual_seed(n + k)
     codes = torch.randint(-(2**31), 2**31, (k // 32, n * num_bits // 2), generator=generator, dtype=torch.int64)
     nibbles = torch.tensor(VALID_NIBBLES, dtype=torch.int32)[
@@ -45,7 +45,8 @@ def random_layer(n: int, k: int, num_bits: int) -> dict[str, torch.Tensor]:
     ]
     meta = (nibbles << torch.arange(0, 16, 4, dtype=torch.int32)).sum(-1)
     scales = torch.rand((k // 128, n), generator=generator) * 0.01 + 0.001
-    return {"B_24": codes.to(torch.int32), "B_meta": meta.to(torch.int16), "s": scales.half()}
+    packed = legacy.import_marlin_24(codes.to(torch.int32), meta.to(torch.int16), scales.half())
+    return legacy.export_marlin_24(packed)  # with the positions kept that the old packers keep
 
 
 def seconds(call: Callable[[], object], device: torch.device, calls: int) -> list[float]:
@@ -87,7 +88,14 @@ def time_checkpoint(num_bits: int, device: torch.device, folder: Path) -> dict[s
     save_file(tensors, source / "model.safetensors")
     (source / "config.json").write_text(
         json.dumps(
-            {"quantization_config": {"quant_method": "gptq", "checkpoint_format": "marlin_24", "bits": num_bits}}
+            {
+                "quantization_config": {
+                    "quant_method": "gptq",
+                    "checkpoint_format": "marlin_24",
+                    "bits": num_bits,
+                    "group_size": 128,
+                }
+            }
         )
     )
     nbytes = sum(tensor.nbytes for name, tensor in tensors.items() if not name.endswith(".s"))

@@ -5,8 +5,8 @@
     python benchmarks/bench_slices.py --device cpu --tokens 1 --world-sizes 8     # tries the script out
 
 Each slice's fraction of the floor (bytes over the bandwidth measured in the same run, or operations over the sparse
-tensor cores' rate) is held against the whole layer's. Every shape is checked against float64 first; one CUDA graph holds many
-launches with weights in turn, more than any cache keeps. `slice_plans.py` has the same as the planner predicts it.
+tensor cores' rate) is held against the whole layer's. Every shape is checked against float64 first; one CUDA graph
+holds many launches with weights in turn, more than any cache keeps. `slice_plans.py` has the planner's prediction.
 """
 
 import argparse

@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .._extension import _core
 from .._shards import TensorFiles, TensorInfo, check_index, model_files
 from ..checkpoint import CONFIG_FILE, QUANT_METHOD, LayerSpec, read_config
 from ..quantize import CHANNELWISE, QUAD, SCALE_DTYPES
-from .layouts import COMPRESSED_TENSORS, GPTQ, NAMES, ORIGINAL, import_marlin_24
+from .layouts import COMPRESSED_TENSORS, GPTQ, NAMES, ORIGINAL, geometry
 
 GPTQ_CONFIG_FILE = "quantize_config.json"
 
@@ -253,14 +251,16 @@ def _marlin_24_layers(
         present = _complete(owner, roles, keys, tensors)
         scheme = schemes.of(owner, tensors[roles[keys[0]]])
         where = f"{tensors[roles[keys[0]]].path.name}: {owner}"
-        shapes = [_empty(tensors[present[key]]) for key in keys]
-        found = import_marlin_24(*shapes, naming=naming, group_size=scheme.group_size, name=where)
-        if scheme.num_bits not in (None, found.num_bits):
+        packed, meta, scales = (tensors[present[key]] for key in keys)
+        size_n, size_k, group_size, num_bits = geometry(
+            packed, meta, scales, naming=naming, group_size=scheme.group_size, name=where
+        )
+        if scheme.num_bits not in (None, num_bits):
             raise ValueError(
                 f"{where}: {keys[0]}: expected {scheme.num_bits}-bit codes, as the config says, "
-                f"got the shape of {found.num_bits}-bit ones"
+                f"got the shape of {num_bits}-bit ones"
             )
-        spec = LayerSpec(found.size_k, found.size_n, found.num_bits, found.group_size)
+        spec = LayerSpec(size_k, size_n, num_bits, group_size)
         idle = {role: roles[role] for role in _IDLE if role in roles}
         layers[owner] = SourceLayer(owner, MARLIN_24, {**present, **idle}, scheme, naming, spec)
     return layers
@@ -311,10 +311,6 @@ def _complete(
             "a shard is missing, or the checkpoint is incomplete"
         )
     return {role: roles[role] for role in needed}
-
-
-def _empty(info: TensorInfo) -> torch.Tensor:
-    return torch.empty(info.shape, dtype=info.dtype or torch.uint8, device="meta")
 
 
 # --- what configs say -------------------------------------------------------------------------------------------------
@@ -372,7 +368,9 @@ class Schemes:
 
     def _gptq(self, quantization: Mapping[str, Any]) -> Scheme:
         num_bits = self._bits(self.where, quantization.get("bits"))
-        group_size = quantization.get("group_size", CHANNELWISE)
+        group_size = quantization.get("group_size")
+        if group_size is None:
+            return Scheme(num_bits)
         if group_size not in _core.GROUP_SIZES:
             raise ValueError(f"{self.where}: group_size: expected one of {sorted(_core.GROUP_SIZES)}, got {group_size}")
         return Scheme(num_bits, int(group_size))

@@ -9,6 +9,8 @@ original project's layer). Codes and metadata move to their new places without a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
@@ -82,21 +84,13 @@ def import_marlin_24(
         ValueError: dtypes or shapes that no packer writes or that do not fit one another.
         RuntimeError: metadata that is not two rising indices (with row and column).
     """
-    packed, meta = _as_rows(packed, meta, naming, name)
-    size_k, size_n = packed.shape[0] * _core.MARLIN_24_COLS, meta.shape[1] // 2
-    num_bits = _bits(packed, size_n)
-    if num_bits is None or size_n % _core.MARLIN_24_ROWS:
-        raise ValueError(f"{name}: meta: expected N to be a multiple of {_core.MARLIN_24_ROWS}, got {size_n}")
-    if scales.dtype not in SCALE_DTYPES or scales.dim() != 2 or scales.shape[1] != size_n:
-        raise ValueError(
-            f"{name}: scales: expected a floating type [groups, {size_n}], got {_what(scales)}; "
-            "packed, meta and scales must be of one layer"
-        )
-    found = _group_size(scales.shape[0], size_k, group_size, name)
+    size_n, size_k, found, num_bits = geometry(packed, meta, scales, naming=naming, group_size=group_size, name=name)
+    steps = size_k // _core.MARLIN_24_COLS
+    packed, meta = packed[:steps], meta.contiguous().view(steps, 2 * size_n)
     if permuted is None:
         permuted = scales_are_permuted(size_k, scales.shape[0], naming)
     plain = unpermute_scales(scales) if permuted else scales
-    if not plain.is_meta and not bool((torch.isfinite(plain) & (plain > 0)).all()):
+    if not bool((torch.isfinite(plain) & (plain > 0)).all()):
         raise ValueError(
             f"{name}: scales: expected finite values > 0, got NaN, infinity, zero or less; the file is damaged"
         )
@@ -179,27 +173,50 @@ def naming_of(names: Mapping[str, object]) -> str | None:
     return next((naming for naming, keys in NAMES.items() if all(key in names for key in keys)), None)
 
 
-def _as_rows(packed: torch.Tensor, meta: torch.Tensor, naming: str, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and metadata with as many rows, the original project's shapes resolved."""
-    if packed.dtype != torch.int32 or packed.dim() != 2:
+class Shaped(Protocol):
+    """A tensor, or what a file's header says of one."""
+
+    @property
+    def dtype(self) -> Any: ...
+    @property
+    def shape(self) -> Any: ...
+
+
+def geometry(
+    packed: Shaped, meta: Shaped, scales: Shaped, *, naming: str, group_size: int | None, name: str
+) -> tuple[int, int, int, int]:
+    """N, K, group size and bits of an old layer from its tensors' shapes; `import_marlin_24` says what is refused."""
+    if packed.dtype != torch.int32 or len(packed.shape) != 2:
         raise ValueError(f"{name}: packed: expected int32 [K / 32, N * bits / 2], got {_what(packed)}")
     form = "[N, K / 16]" if naming == ORIGINAL else "[K / 32, N * 2]"
-    if meta.dtype != torch.int16 or meta.dim() != 2:
+    if meta.dtype != torch.int16 or len(meta.shape) != 2:
         raise ValueError(f"{name}: meta: expected int16 {form}, got {_what(meta)}")
     if naming == ORIGINAL:
         # The same bytes. Codes have K / 32 rows, or twice as many of which the second half was never written.
         size_n, steps = meta.shape[0], meta.shape[1] // 2
-        if steps and meta.shape[1] % 2 == 0 and packed.shape[0] in (steps, 2 * steps) and _bits(packed, size_n) == 4:
-            return packed[:steps], meta.contiguous().view(steps, 2 * size_n)
-    elif meta.shape[0] == packed.shape[0] and _bits(packed, meta.shape[1] // 2) is not None:
-        return packed, meta
-    raise ValueError(
-        f"{name}: meta: expected int16 {form} with the K and N of packed ([K / 32, N * bits / 2]), "
-        f"got {_what(meta)} beside {_what(packed)}"
-    )
+        num_bits = 4 if _bits(packed, size_n) == 4 and meta.shape[1] % 2 == 0 else None
+        fits = steps > 0 and packed.shape[0] in (steps, 2 * steps)
+    else:
+        size_n, steps = meta.shape[1] // 2, packed.shape[0]
+        num_bits = _bits(packed, size_n)
+        fits = meta.shape[0] == steps and steps > 0
+    if num_bits is None or not fits:
+        raise ValueError(
+            f"{name}: meta: expected int16 {form} with the K and N of packed ([K / 32, N * bits / 2]), "
+            f"got {_what(meta)} beside {_what(packed)}"
+        )
+    if size_n % _core.MARLIN_24_ROWS:
+        raise ValueError(f"{name}: meta: expected N to be a multiple of {_core.MARLIN_24_ROWS}, got {size_n}")
+    if scales.dtype not in SCALE_DTYPES or len(scales.shape) != 2 or scales.shape[1] != size_n:
+        raise ValueError(
+            f"{name}: scales: expected a floating type [groups, {size_n}], got {_what(scales)}; "
+            "packed, meta and scales must be of one layer"
+        )
+    size_k = steps * _core.MARLIN_24_COLS
+    return size_n, size_k, _group_size(scales.shape[0], size_k, group_size, name), num_bits
 
 
-def _bits(packed: torch.Tensor, size_n: int) -> int | None:
+def _bits(packed: Shaped, size_n: int) -> int | None:
     return next((bits for bits in _core.NUM_BITS if size_n > 0 and packed.shape[1] == size_n * bits // 2), None)
 
 
@@ -228,5 +245,5 @@ def _check_eights(name: str, scales: torch.Tensor) -> None:
         )
 
 
-def _what(tensor: torch.Tensor) -> str:
+def _what(tensor: Shaped) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
