@@ -32,6 +32,7 @@ from sparse_marlin.stored import OwnLayer
 from sparse_marlin.testing import activations, assert_accepted, assert_same_bits
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.timeout(900)  # processes that import as much as this one, on machines with few cores
 
 N, K, GROUP = 320, 640, 128
 IDS = torch.randint(0, 320, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -278,11 +279,14 @@ CASES = {
 }
 
 
+FOUR = ("grouped query", "nine heads")  # of these, over four ranks: fewer key heads than ranks
+
+
 @torch.no_grad()
 def model_results():
     found = {}
-    for name, changes in CASES.items():
-        model = tiny_llama(**changes)
+    for name in CASES if dist.get_world_size() == 2 else FOUR:
+        model = tiny_llama(**CASES[name])
         report = tensor_parallel(model)
         logits = model(IDS).logits
         tokens = model.generate(IDS, max_new_tokens=12, do_sample=False, pad_token_id=0)
@@ -297,8 +301,8 @@ def model_results():
 @torch.no_grad()
 def test_models_over_processes(processes):
     world_size, ranks = processes["models"]
-    for name, changes in CASES.items():
-        model = tiny_llama(**changes)
+    for name in ranks[0]:
+        model = tiny_llama(**CASES[name])
         logits = model(IDS).logits
         tokens = model.generate(IDS, max_new_tokens=12, do_sample=False, pad_token_id=0)
         scale = logits.abs().max()
@@ -334,7 +338,7 @@ SAVED = ("model", "marlin-24", "gptq-marlin-24", "tied")
 @torch.no_grad()
 def loaded_results(folder):
     found = {}
-    for name in SAVED:
+    for name in SAVED if dist.get_world_size() == 2 else SAVED[:2]:
         model, report = from_pretrained(folder / name)
         half, _ = from_pretrained(folder / name, dtype=torch.bfloat16)
         kinds = {tensor.dtype for tensor in half.state_dict().values()}
@@ -347,7 +351,7 @@ def loaded_results(folder):
 @torch.no_grad()
 def test_saved_models_of_three_formats_open_sharded(processes, saved):
     world_size, ranks = processes["loaded"]
-    for name in SAVED:
+    for name in SAVED if world_size == 2 else SAVED[:2]:
         logits = sparse_marlin.from_pretrained(saved / name, dtype=torch.float32)(IDS).logits
         for answer in ranks:
             got, report, before, after, kinds = answer[name]

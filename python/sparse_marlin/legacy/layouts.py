@@ -9,7 +9,6 @@ original project's layer). Codes and metadata move to their new places without a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
