@@ -4,6 +4,7 @@
 #   make demo       a real model, dense and sparse side by side
 #   make test-gpu   the same Python tests with the GPU, fails without one; record in benchmarks/results/gpu_tests.json
 #                   (PYTHON=python3 uses that interpreter, with the extension already built in place, and installs nothing)
+#   make test-multi-gpu  tensor parallelism with two GPUs over NCCL; record in benchmarks/results/multi_gpu_tests.json
 #   make sanitize   every kernel under compute-sanitizer's four tools, fails without a GPU; record in benchmarks/results/sanitize.json
 #   make check      formatting, linting, types, layering      make fmt   formats      make clean   removes what was built
 # SPARSE_MARLIN_CPU_ONLY=1 leaves out CUDA; TORCH_CUDA_ARCH_LIST and MAX_JOBS as in setup.py; PYTEST_ARGS goes to pytest.
@@ -29,10 +30,10 @@ BUILT := build/.built$(if $(filter-out 0,$(SPARSE_MARLIN_CPU_ONLY)),-cpu-only)
 INSTALLED := $(VENV)/.installed
 CPP_TESTS := build/cpp/sparse_marlin_cpp_tests
 
-.PHONY: help dev test test-cpp test-py test-gpu sanitize demo check fmt clean
+.PHONY: help dev test test-cpp test-py test-gpu test-multi-gpu sanitize demo check fmt clean
 
 help:
-	@sed -n '2,9s/^# *//p' Makefile
+	@sed -n '2,10s/^# *//p' Makefile
 
 # Python >= 3.10 that can create environments and compile extensions; the first found.
 $(PY):
@@ -83,11 +84,17 @@ ifeq ($(origin PYTHON),command line)
 test-gpu:
 	PYTHONPATH=python $(PYTHON) tools/test_gpu.py $(PYTEST_ARGS)
 
+test-multi-gpu:
+	PYTHONPATH=python $(PYTHON) tools/test_multi_gpu.py $(PYTEST_ARGS)
+
 sanitize:
 	PYTHONPATH=python $(PYTHON) tools/sanitize.py
 else
 test-gpu: dev
 	$(PY) tools/test_gpu.py $(PYTEST_ARGS)
+
+test-multi-gpu: dev
+	$(PY) tools/test_multi_gpu.py $(PYTEST_ARGS)
 
 sanitize: dev
 	$(PY) tools/sanitize.py

@@ -77,12 +77,47 @@ def model_table(result: Row) -> str:
     return markdown(["", "batch", "tokens", "dense ms", "sparse ms", "x", "tokens/s"], rows)
 
 
+def tensor_parallel_table(result: Row) -> str:
+    count = result["world_size"]
+    head = ["", "batch", "dense, 1 GPU us", "sparse us", "x", f"dense, {count} GPUs us", "sparse us", "x"]
+    head += ["two sums alone us", "share of the dense layer", "of the sparse layer"]
+    rows = [
+        [
+            row["what"], str(row["batch"]), f"{row['dense_1_us']:.1f}", f"{row['sparse_1_us']:.1f}",
+            f"{row['speedup_1']:.2f}", f"{row['dense_n_us']:.1f}", f"{row['sparse_n_us']:.1f}",
+            f"{row['speedup_n']:.2f}", f"{row.get('sums_us', 0):.1f}", f"{100 * row['dense_sum_share']:.0f} %",
+            f"{100 * row['sparse_sum_share']:.0f} %",
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    return markdown(head, rows)
+
+
+def slices_table(result: Row) -> str:
+    """Fraction of the whole layer's fraction of the floor, a column for every number of tokens."""
+    rows: list[Row] = result["rows"]
+    tokens = sorted({row["m"] for row in rows})
+    found = {(row["slice"], row["m"]): row["of_whole"] for row in rows}
+    names = dict.fromkeys(row["slice"] for row in rows)
+    body = [[name, *(f"{found[name, m]:.2f}" if (name, m) in found else "" for m in tokens)] for name in names]
+    return markdown(["slice, tokens", *map(str, tokens)], body)
+
+
 def table(result: Row) -> str:
     """The table of whichever benchmark wrote this."""
     rows = result.get("rows")
     if not rows:
-        raise ValueError("no rows: not a file of bench_gemm.py, bench_layer.py or bench_model.py")
-    for key, make in (("tflops", gemm_table), ("dependent_us", layer_table), ("dense_ms", model_table)):
+        raise ValueError(
+            "no rows: not a file of bench_gemm.py, bench_layer.py, bench_model.py, bench_tp.py or bench_slices.py"
+        )
+    kinds = (
+        ("tflops", gemm_table),
+        ("dependent_us", layer_table),
+        ("dense_ms", model_table),
+        ("dense_n_us", tensor_parallel_table),
+        ("of_whole", slices_table),
+    )
+    for key, make in kinds:
         if key in rows[0]:
             return make(result)
     raise ValueError(f"rows of an unknown kind: {', '.join(rows[0])}")

@@ -4,7 +4,7 @@
 """
 
 # The operators are loaded first: the modules below use them.
-from . import _extension, _hf_hook, legacy  # noqa: F401
+from . import _extension, _hf_hook, legacy, parallel, sharded_loading, tgi  # noqa: F401
 from ._version import __version__
 from .checkpoint import from_pretrained, load_checkpoint, save_checkpoint
 from .info import info
@@ -24,8 +24,11 @@ __all__ = [
     "legacy",
     "load_checkpoint",
     "pack_24_weights",
+    "parallel",
     "replace_linears",
     "save_checkpoint",
+    "sharded_loading",
     "sparse_marlin_gemm",
+    "tgi",
     "unpack_24_weights",
 ]

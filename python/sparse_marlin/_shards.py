@@ -113,9 +113,16 @@ class TensorFiles:
         if name in self._loaded:
             return self._loaded[name]
         info = self.infos[name]
-        if info.path not in self._readers:
-            self._readers[info.path] = self._stack.enter_context(opened(info.path))
-        return read_tensor(self._readers[info.path], info)
+        return read_tensor(self._reader(info.path), info)
+
+    def slices(self, name: str) -> Any:
+        """A tensor of a .safetensors file of which parts are read: get_shape(), [rows, columns]."""
+        return self._reader(self.infos[name].path).get_slice(name)
+
+    def _reader(self, path: Path) -> Any:
+        if path not in self._readers:
+            self._readers[path] = self._stack.enter_context(opened(path))
+        return self._readers[path]
 
     def close(self) -> None:
         self._stack.close()

@@ -145,8 +145,14 @@ def save_checkpoint(
 
     Raises:
         ValueError: `out` exists and `overwrite` is not set, a model without packed layers, or a layer still on the meta
-            device.
+            device, or a model of which this process has only a tensor-parallel part.
     """
+    from .parallel import is_cut
+
+    if is_cut(model):
+        raise ValueError(
+            "save_checkpoint: model: expected a whole model, got one that tensor parallelism has cut; save it before"
+        )
     config = describe(model)
     if not config.layers:
         raise ValueError(
@@ -235,7 +241,7 @@ def load_checkpoint(
     check_index(folder, tensors)
     check_tensors(config.layers, tensors, str(folder))
     install_layers(model, config.layers, where=str(folder))
-    places = _places(model)
+    places = tensor_places(model)
     served = {id(_tensor_at(*places[name])) for name in tensors if name in places}
     missing = sorted(name for name, place in places.items() if id(_tensor_at(*place)) not in served)
     unexpected = sorted(set(tensors) - set(places))
@@ -254,10 +260,10 @@ def load_checkpoint(
 
 
 # A tensor of a model: the module that owns it and its name there.
-_Place = tuple[nn.Module, str]
+Place = tuple[nn.Module, str]
 
 
-def _places(model: nn.Module) -> dict[str, _Place]:
+def tensor_places(model: nn.Module) -> dict[str, Place]:
     """Where every name of the model's state dict leads; tied tensors are one tensor at several places."""
     return {
         f"{prefix}.{name}" if prefix else name: (module, name)
@@ -272,7 +278,7 @@ def _tensor_at(module: nn.Module, name: str) -> torch.Tensor:
 
 
 def _load_shard(
-    places: Mapping[str, _Place],
+    places: Mapping[str, Place],
     path: Path,
     tensors: Mapping[str, TensorInfo],
     config: CheckpointConfig,

@@ -178,13 +178,17 @@ def generate(
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt greedily with the sparse (or dense) model."""
+    """Continue a prompt greedily with the sparse (or dense) model; under torchrun with a part of it on every rank."""
     from .evaluate import generate_greedy
+    from .parallel import torchrun_group
 
-    loaded, report = _load(path, sparse, group_size, num_bits, device, dtype)
-    made = generate_greedy(
-        loaded.model, loaded.tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat, progress=True
-    )
+    with torchrun_group(_device(device)) as place:
+        loaded, report = _load_part(path, sparse, group_size, num_bits, place, dtype)
+        made = generate_greedy(
+            loaded.model, loaded.tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat, progress=_is_first()
+        )
+    if not _is_first():
+        return
     if as_json:
         _print_json({**_about(loaded, report), "prompt": prompt, **dataclasses.asdict(made)})
         return
@@ -402,10 +406,40 @@ def _load(
             raise ValueError(f"--dense: expected a dense model, got {path} with {packed} packed layers")
         _say(f"{packed} layers are packed already")
         return loaded, None
-    report = replace_linears(loaded.model, group_size=group_size, num_bits=num_bits, progress=True) if sparse else None
+    report = None
+    if sparse:
+        report = replace_linears(loaded.model, group_size=group_size, num_bits=num_bits, progress=_is_first())
     if report is not None:
         _say(report.totals())
     return loaded, report
+
+
+def _load_part(
+    path: str, sparse: bool, group_size: int, num_bits: int, device: torch.device | None, dtype: DType | None
+) -> tuple[Any, Any]:
+    """`_load`, and under torchrun this rank's part of the model."""
+    from .model import LoadedModel, is_packed, load_tokenizer
+    from .parallel import rank_and_size, tensor_parallel
+
+    if rank_and_size()[1] == 1:
+        return _load(path, sparse, group_size, num_bits, None if device is None else str(device), dtype)
+    if sparse and is_packed(path):
+        from .sharded_loading import from_pretrained
+
+        _say("Loading the model")
+        model, parts = from_pretrained(path, device=device, dtype=_dtype(dtype))
+        some: torch.Tensor = next(model.parameters())
+        loaded, report = LoadedModel(path, model, load_tokenizer(path), some.dtype, some.device), None
+    else:
+        loaded, report = _load(path, sparse, group_size, num_bits, str(device), dtype)
+        parts = tensor_parallel(loaded.model)
+    _say(str(parts))
+    return loaded, report
+
+
+def _is_first() -> bool:
+    """Whether this process prints: alone, or rank 0 of those that torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) <= 1 or os.environ.get("RANK", "0") == "0"
 
 
 def _about(loaded: Any, report: Any) -> dict[str, Any]:
@@ -443,7 +477,8 @@ def _console() -> Console:
 
 
 def _say(message: str) -> None:
-    typer.echo(message, err=True)
+    if _is_first():
+        typer.echo(message, err=True)
 
 
 def _print_json(value: dict[str, Any]) -> None:

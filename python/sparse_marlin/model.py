@@ -94,22 +94,28 @@ def load_model(
             config_options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         try:
             with _no_gguf_bar() if "gguf_file" in options else contextlib.nullcontext():
-                if "gguf_file" not in options and _is_packed(path):
+                if "gguf_file" not in options and is_packed(path):
                     model = from_pretrained(path, dtype=dtype, **options)
                 else:
                     model = transformers.AutoModelForCausalLM.from_pretrained(
                         path, dtype=dtype, **options, **config_options
                     )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+            tokenizer = load_tokenizer(path, **options)
         except (OSError, KeyError, ImportError, ValueError) as error:
             raise RuntimeError(_why_not_loaded(str(source or DEMO_NAME), error)) from error
     model.requires_grad_(False)
-    tokenizer.clean_up_tokenization_spaces = False  # it would eat the space before punctuation
     name = DEMO_NAME if source is None else str(source)
     return LoadedModel(name, model.to(device).eval(), tokenizer, dtype, device)
 
 
-def _is_packed(path: str) -> bool:
+def load_tokenizer(path: str, **options: Any) -> Any:
+    """The tokenizer of a directory or hub name; `options` are transformers'."""
+    tokenizer = _import_transformers().AutoTokenizer.from_pretrained(path, **options)
+    tokenizer.clean_up_tokenization_spaces = False  # it would eat the space before punctuation
+    return tokenizer
+
+
+def is_packed(path: str) -> bool:
     """A folder that this library saved, or a marlin-24 checkpoint: opened with packed layers, whatever its config
     looks like."""
     from .legacy.formats import MARLIN_24, SAVED, find_format

@@ -9,15 +9,14 @@ original project's layer). Codes and metadata move to their new places without a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from .._extension import _core
 from ..linear import SparseMarlinLinear
 from ..quantize import CHANNELWISE, SCALE_DTYPES
+from ..slicing import PackedLayer
 
 GPTQ = "gptq"  # B_24, B_meta, s
 COMPRESSED_TENSORS = "compressed-tensors"  # weight_packed, meta, scale_packed
@@ -31,37 +30,6 @@ NAMES: dict[str, tuple[str, str, str]] = {
 }
 GROUP_SIZES = (CHANNELWISE, 128)  # all that the old kernels knew
 _SCALE_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # of every eight features, where scales are grouped
-
-
-@dataclass(frozen=True)
-class PackedLayer:
-    """A layer's tensors in this library's format: `weight_packed` int32, `scales` [G, N] in plain order."""
-
-    weight_packed: torch.Tensor
-    scales: torch.Tensor
-    size_n: int
-    size_k: int
-    group_size: int
-    num_bits: int
-
-    def to_linear(self, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> SparseMarlinLinear:
-        """The layer, with its scales and bias in `dtype` (default: that of the scales)."""
-        dtype = dtype or self.scales.dtype
-        layer = SparseMarlinLinear(
-            self.size_k,
-            self.size_n,
-            False,
-            group_size=self.group_size,
-            num_bits=self.num_bits,
-            device="meta",
-            dtype=dtype,
-        )
-        layer.weight_packed, layer.scales = self.weight_packed, self.scales.to(dtype)
-        if bias is not None:
-            if list(bias.shape) != [self.size_n]:
-                raise ValueError(f"to_linear: bias: expected [{self.size_n}], got {list(bias.shape)}")
-            layer.bias = nn.Parameter(bias.detach().to(device=self.scales.device, dtype=dtype))
-        return layer
 
 
 def permute_scales(scales: torch.Tensor) -> torch.Tensor:
