@@ -179,7 +179,7 @@ def test_why_a_peer_is_not_measured(name: str, setting: Setting, reason: str | N
 
 
 def test_every_peer_has_a_name_for_readers() -> None:
-    assert [*peers.TORCH_PEERS, *peers.LIBRARY_PEERS] == list(summary.PEERS)
+    assert [summary.PLAIN, *peers.TORCH_PEERS, *peers.LIBRARY_PEERS] == list(summary.PEERS)
 
 
 def test_cusparselt_missing(monkeypatch: pytest.MonkeyPatch) -> None:
