@@ -378,7 +378,7 @@ sparse_marlin._hf_hook.install()
 sparse_marlin._hf_hook.install()
 from sparse_marlin import hf
 hf.register()
-assert not any(type(f).__name__ == "_Finder" for f in sys.meta_path)
+assert not any(isinstance(f, sparse_marlin._hf_hook._Finder) for f in sys.meta_path)
 print("registered")
 """
     for first, check in (("sparse_marlin", "assert 'transformers' not in sys.modules"), ("transformers", "")):
