@@ -172,9 +172,7 @@ def refit_scales(problem: Problem, solution: Solution) -> Solution:
     return Solution(codes, torch.where(better, new.scales, solution.scales))
 
 
-def _least_squares(
-    problem: Problem, codes: torch.Tensor, wanted: torch.Tensor, scales: torch.Tensor
-) -> torch.Tensor:
+def _least_squares(problem: Problem, codes: torch.Tensor, wanted: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     groups, width, size_k = problem.groups, problem.width, problem.size_k
     spread = torch.zeros((size_k, groups, codes.shape[1]), dtype=torch.float32, device=codes.device)
     for group in range(groups):
