@@ -80,8 +80,8 @@ class SparseMarlinLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Codes 0, scales 1, bias and correction 0: a valid layer, also after `to_empty()`. On the meta device there is nothing to
-        do."""
+        """Codes 0, scales 1, bias and correction 0: a valid layer, also after `to_empty()`. On the meta device there is
+        nothing to do."""
         if self.weight_packed.is_meta:
             return
         with torch.no_grad():

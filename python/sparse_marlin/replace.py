@@ -180,10 +180,10 @@ def install(
     notes = _notes(model, selection.entries, selection.chosen)
     report = ConversionReport(rows, selection.group_size, selection.num_bits, method, notes)
     for candidate in selection.chosen:
-        new = made.get(candidate.name)
-        if isinstance(new, Replacement):
+        replacement = made.get(candidate.name)
+        if isinstance(replacement, Replacement):
             for parent, attribute in candidate.places:
-                parent._modules[attribute] = new.layer  # what setattr would do, without a hook that could fail
+                parent._modules[attribute] = replacement.layer  # what setattr would do, without a hook that could fail
     attach_config(model)
     return report
 

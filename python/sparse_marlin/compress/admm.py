@@ -10,8 +10,8 @@ then decided knowing how well each of them rounds. The set is not convex, so nei
 measured against rounding ALPS' result and descending from there, the second has 1 to 25 % less squared output error,
 the more the stronger inputs correlate.
 
-The paper's eigendecomposition serves every rho. Here rho takes few values, held for some iterations each, and each costs
-one Cholesky inverse: on one core or on a GPU that is several times less work for the same result.
+The paper's eigendecomposition serves every rho. Here rho takes few values, held for some iterations each, and each
+costs one Cholesky inverse: on one core or on a GPU that is several times less work for the same result.
 """
 
 from __future__ import annotations

@@ -187,14 +187,14 @@ def _forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[
     previous = {module: vars(module).get("forward") for module in replacements}
     try:
         for module, forward in replacements.items():
-            module.forward = forward  # type: ignore[method-assign]
+            module.forward = forward
         yield
     finally:
         for module, old in previous.items():
             if old is None:
                 vars(module).pop("forward", None)
             else:
-                module.forward = old  # type: ignore[method-assign]
+                module.forward = old
 
 
 @torch.no_grad()

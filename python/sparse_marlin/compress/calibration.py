@@ -30,8 +30,8 @@ def calibration_tokens(
     """Token ids int64 [S, seq_len], S <= num_sequences.
 
     Texts are tokenized without special tokens, joined, and cut into windows of `seq_len`; where there are more than
-    `num_sequences`, that many are drawn with `seed`. A tensor [S, L], or a list of tensors of one length, is taken as it
-    is.
+    `num_sequences`, that many are drawn with `seed`. A tensor [S, L], or a list of tensors of one length, is taken as
+    it is.
 
     Raises:
         ValueError: less than one sequence, or a file that cannot be read.
@@ -134,8 +134,8 @@ def _dataset_texts(name: str) -> list[str]:
     try:
         loaded = datasets.load_dataset(path, configuration or None, split="train")
     except Exception as error:  # datasets raises many kinds; all mean the same to the user
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{name}: calibration: expected a text file or a dataset's name, got: {first}") from error
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{name}: calibration: expected a text file or a dataset's name, got: {why}") from error
     column = next((key for key in ("text", *loaded.column_names) if key in loaded.column_names), None)
     first = loaded[0][column] if column and len(loaded) else None
     if not isinstance(first, str):

@@ -245,7 +245,8 @@ def _exchange(candidate: Candidate, new: Replacement | str) -> None:
     if isinstance(new, str):
         return
     dense = new.layer.to_linear() if isinstance(new.layer, SparseMarlinLinear) else new.layer
-    assert isinstance(candidate.module, nn.Linear) and isinstance(dense, nn.Linear)
+    assert isinstance(candidate.module, nn.Linear)
+    assert isinstance(dense, nn.Linear)
     parameter = candidate.module.weight
     parameter.data = dense.weight.detach().to(device=parameter.device, dtype=parameter.dtype)
 

@@ -112,7 +112,8 @@ def _write(name: str, new: Replacement | str, tensors: dict[str, torch.Tensor]) 
         entry |= {"group_size": layer.group_size, "num_bits": layer.num_bits, "rank": layer.rank}
         kept = {key: tensor for key, tensor in layer.state_dict().items() if key != "bias"}
     else:
-        kept = {_DENSE: new.layer.weight.detach()}  # type: ignore[dict-item]
+        assert isinstance(new.layer, nn.Linear)
+        kept = {_DENSE: new.layer.weight.detach()}
     tensors.update({f"{name}.{key}": tensor.cpu().contiguous() for key, tensor in kept.items()})
     return entry
 
