@@ -70,13 +70,13 @@ def gencode(arch: str, ptx: bool) -> str:
 
 def operators(archs: list[tuple[str, bool]]) -> Extension:
     cuda = bool(archs)
-    files = sources("pack/*.cpp", "cpu/*.cpp", "plan/*.cpp", "torch/*.cpp")
+    files = sources("pack/*.cpp", "legacy/*.cpp", "cpu/*.cpp", "plan/*.cpp", "torch/*.cpp")
     unused = "csrc/torch/ops_no_cuda.cpp" if cuda else "csrc/torch/ops_cuda.cpp"
     files.remove(unused)
     macros: list[tuple[str, str | None]] = [("TORCH_TARGET_VERSION", TARGET_VERSION)]
     libraries = ["torch", "torch_cpu", "c10"]
     if cuda:
-        files += sources("launch/*.cpp", "pack/*.cu", "launch/*.cu", "instantiations/*.cu")
+        files += sources("launch/*.cpp", "pack/*.cu", "legacy/*.cu", "launch/*.cu", "instantiations/*.cu")
         macros.append(("USE_CUDA", None))  # declares the stream functions of torch's C shim
         if any(arch == "90a" for arch, _ in archs):
             macros.append(("SPARSE_MARLIN_SM90A", None))  # the Hopper kernels are more than empty shells

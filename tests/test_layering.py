@@ -17,10 +17,11 @@ MAY_INCLUDE = {
     "plan": {"format"},
     "cpu": {"format", "device"},
     "pack": {"format", "cpu"},
+    "legacy": {"format", "cpu", "pack"},
     "launch": {"format", "plan", "device"},
     "instantiations": {"format", "plan", "device", "launch"},
-    "torch": {"format", "plan", "device", "cpu", "pack", "launch"},
-    "python": {"format", "plan"},
+    "torch": {"format", "plan", "device", "cpu", "pack", "legacy", "launch"},
+    "python": {"format", "legacy", "plan"},
 }
 PLAN_LEAVES = {
     f"plan/{name}.h"

@@ -7,6 +7,7 @@
 
 #include "format/packed_24.h"
 #include "format/problem.h"
+#include "legacy/marlin_24.h"
 #include "plan/plan.h"
 #include "plan/tiles.h"
 #include "plan/tiles_all.h"
@@ -80,6 +81,8 @@ void bind_format(py::module_& m) {
   m.attr("COL_MULTIPLE") = kColMultiple;
   m.attr("QUAD") = format::kQuad;
   m.attr("KEPT_PER_QUAD") = format::kKeptPerQuad;
+  m.attr("MARLIN_24_ROWS") = legacy::kRunRows;  // the old format: features of a run, columns of a step
+  m.attr("MARLIN_24_COLS") = format::kStepCols;
   m.attr("MAX_TOKENS") = kMaxTokens;
   m.attr("MAX_FEATURES") = kMaxFeatures;
   m.attr("CHANNELWISE") = kChannelwise;

@@ -1,10 +1,12 @@
-// The argument checks of the three operators, in the order in which a caller wants to hear of them.
+// The argument checks of the operators, in the order in which a caller wants to hear of them.
 #include "torch/arguments.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <stdexcept>
 #include <vector>
+
+#include "legacy/marlin_24.h"
 
 namespace sparse_marlin {
 namespace {
@@ -175,9 +177,81 @@ UnpackCall unpack_call(const Tensor& weight_packed, int64_t size_n, int64_t size
   return call;
 }
 
+ImportCall import_call(const Tensor& packed, const Tensor& meta, int64_t num_bits) {
+  const Arg codes{kImportOp, "packed", packed}, indices{kImportOp, "meta", meta};
+  expect_num_bits(kImportOp, num_bits);
+  for (const Arg* arg : {&codes, &indices}) expect_tensor(*arg);
+  expect_dtype(codes, {ScalarType::Int});
+  expect_dims(codes, 2, "[K / 32, N * num_bits / 2]");
+  expect_device_of(indices, codes);
+  expect_dtype(indices, {ScalarType::Short});
+  expect_dims(indices, 2, "[K / 32, N * 2]");
+  const int bits = static_cast<int>(num_bits);
+  const int64_t steps = packed.size(0), n = meta.size(1) / legacy::kStepBlocks, k = steps * format::kStepCols;
+  if (meta.size(0) != steps || meta.size(1) != legacy::row_meta(n) || !legacy::valid_shape(n, k)) {
+    fail(kImportOp, "meta",
+         "[" + std::to_string(steps) + ", N * 2], as many rows as packed and N a positive multiple of " +
+             std::to_string(legacy::kRunRows),
+         shape_text(meta));
+  }
+  expect_shape(codes, {steps, legacy::row_words(n, bits)}, [=] { return "for " + sizes_text(n, k, num_bits); });
+  expect_out_features(kImportOp, "meta", n);
+  expect_in_features(kImportOp, "packed", k);
+
+  ImportCall call{};
+  call.codes = dense_aligned(packed);
+  call.meta = dense_aligned(meta);
+  call.packed = new_tensor(packed, {format::row_tiles(n), format::packed_row_words(k, bits)}, ScalarType::Int);
+  call.params = {static_cast<const uint32_t*>(call.codes.const_data_ptr()),
+                 static_cast<const uint16_t*>(call.meta.const_data_ptr()),
+                 n,
+                 k,
+                 bits,
+                 static_cast<uint32_t*>(call.packed.mutable_data_ptr())};
+  return call;
+}
+
+ExportCall export_call(const Tensor& weight_packed, int64_t size_n, int64_t size_k, int64_t num_bits) {
+  const Arg packed{kExportOp, "weight_packed", weight_packed};
+  expect_num_bits(kExportOp, num_bits);
+  expect_dtype(packed, {ScalarType::Int});
+  expect_dims(packed, 2, "(as pack_24_weights returns it)");
+  expect_out_features(kExportOp, "size_n", size_n);
+  expect_in_features(kExportOp, "size_k", size_k);
+  if (size_n % legacy::kRunRows != 0) {
+    fail(kExportOp, "size_n", "a multiple of " + std::to_string(legacy::kRunRows) + ", which marlin-24 is limited to",
+         std::to_string(size_n));
+  }
+  if (size_k % format::kStepCols != 0) {
+    fail(kExportOp, "size_k", "a multiple of " + std::to_string(format::kStepCols) + ", which marlin-24 is limited to",
+         std::to_string(size_k));
+  }
+  const int bits = static_cast<int>(num_bits);
+  expect_shape(packed, {format::row_tiles(size_n), format::packed_row_words(size_k, bits)},
+               [=] { return "for " + sizes_text(size_n, size_k, num_bits) + " (what pack_24_weights returned)"; });
+
+  const int64_t steps = size_k / format::kStepCols;
+  ExportCall call{};
+  call.packed = packed_rows(weight_packed);
+  call.codes = new_tensor(weight_packed, {steps, legacy::row_words(size_n, bits)}, ScalarType::Int);
+  call.meta = new_tensor(weight_packed, {steps, legacy::row_meta(size_n)}, ScalarType::Short);
+  call.params = {call.packed.words,
+                 call.packed.row_words,
+                 size_n,
+                 size_k,
+                 bits,
+                 static_cast<uint32_t*>(call.codes.mutable_data_ptr()),
+                 static_cast<uint16_t*>(call.meta.mutable_data_ptr())};
+  return call;
+}
+
 void expect_packed(const PackStatus& status, int num_bits) { expect_no_fault(kPackOp, status, num_bits, "weight"); }
 void expect_unpacked(const PackStatus& status, int num_bits) {
   expect_no_fault(kUnpackOp, status, num_bits, "weight_packed");
+}
+void expect_imported(const PackStatus& status, int num_bits) { expect_no_fault(kImportOp, status, num_bits, "meta"); }
+void expect_exported(const PackStatus& status, int num_bits) {
+  expect_no_fault(kExportOp, status, num_bits, "weight_packed");
 }
 
 }  // namespace sparse_marlin

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "device/params.h"
+#include "legacy/convert.h"
 #include "pack/pack_24.h"
 #include "torch/checks.h"
 
@@ -12,6 +13,8 @@ namespace sparse_marlin {
 inline constexpr char kPackOp[] = "pack_24_weights";
 inline constexpr char kUnpackOp[] = "unpack_24_weights";
 inline constexpr char kGemmOp[] = "sparse_marlin_gemm";
+inline constexpr char kImportOp[] = "import_marlin_24";
+inline constexpr char kExportOp[] = "export_marlin_24";
 
 // Each holds the tensors its pointers point into.
 struct GemmCall {
@@ -35,14 +38,31 @@ struct UnpackCall {
   PackedRows packed;
 };
 
+struct ImportCall {
+  ImportParams params;
+  Tensor packed;
+  Tensor codes;
+  Tensor meta;
+};
+struct ExportCall {
+  ExportParams params;
+  Tensor codes;
+  Tensor meta;
+  PackedRows packed;
+};
+
 // Shapes as in the operators' schemas. The outputs are allocated on the device of the first tensor.
 GemmCall gemm_call(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, int64_t group_size,
                    int64_t num_bits, const std::optional<Tensor>& bias);
 PackCall pack_call(const Tensor& weight, const Tensor& scales, int64_t group_size, int64_t num_bits);
 UnpackCall unpack_call(const Tensor& weight_packed, int64_t size_n, int64_t size_k, int64_t num_bits);
+ImportCall import_call(const Tensor& packed, const Tensor& meta, int64_t num_bits);
+ExportCall export_call(const Tensor& weight_packed, int64_t size_n, int64_t size_k, int64_t num_bits);
 
 // Throws the message of a fault, if there is one.
 void expect_packed(const PackStatus& status, int num_bits);
 void expect_unpacked(const PackStatus& status, int num_bits);
+void expect_imported(const PackStatus& status, int num_bits);
+void expect_exported(const PackStatus& status, int num_bits);
 
 }  // namespace sparse_marlin

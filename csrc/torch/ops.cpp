@@ -2,6 +2,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <tuple>
+
 #include "cpu/gemm_cpu.h"
 #include "torch/arguments.h"
 
@@ -31,6 +33,19 @@ Tensor gemm_cpu_op(const Tensor& a, const Tensor& weight_packed, const Tensor& s
   return call.out;
 }
 
+Tensor import_cpu_op(const Tensor& packed, const Tensor& meta, int64_t num_bits) {
+  const ImportCall call = import_call(packed, meta, num_bits);
+  expect_imported(import_marlin_24_cpu(call.params, on_torch_threads), call.params.num_bits);
+  return call.packed;
+}
+
+std::tuple<Tensor, Tensor> export_cpu_op(const Tensor& weight_packed, int64_t size_n, int64_t size_k,
+                                         int64_t num_bits) {
+  const ExportCall call = export_call(weight_packed, size_n, size_k, num_bits);
+  expect_exported(export_marlin_24_cpu(call.params, on_torch_threads), call.params.num_bits);
+  return {call.codes, call.meta};
+}
+
 std::string cpu_isa_op() { return cpu_isa_name(cpu_isa_best()); }
 
 }  // namespace
@@ -42,6 +57,9 @@ STABLE_TORCH_LIBRARY(sparse_marlin, m) {
   m.def(
       "sparse_marlin_gemm(Tensor a, Tensor weight_packed, Tensor scales, int group_size=128, int num_bits=4, "
       "Tensor? bias=None) -> Tensor");
+  // Checkpoints of the old format "marlin-24" (csrc/legacy).
+  m.def("import_marlin_24(Tensor packed, Tensor meta, int num_bits=4) -> Tensor");
+  m.def("export_marlin_24(Tensor weight_packed, int size_n, int size_k, int num_bits=4) -> (Tensor, Tensor)");
   // Not part of the contract: the same multiplication with the tile and the number of splits given, and with or
   // without dependent launch, for tests and for tuning.
   m.def(
@@ -55,6 +73,8 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_marlin, CPU, m) {
   m.impl("pack_24_weights", TORCH_BOX(&sparse_marlin::pack_cpu_op));
   m.impl("unpack_24_weights", TORCH_BOX(&sparse_marlin::unpack_cpu_op));
   m.impl("sparse_marlin_gemm", TORCH_BOX(&sparse_marlin::gemm_cpu_op));
+  m.impl("import_marlin_24", TORCH_BOX(&sparse_marlin::import_cpu_op));
+  m.impl("export_marlin_24", TORCH_BOX(&sparse_marlin::export_cpu_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_marlin, CompositeExplicitAutograd, m) {

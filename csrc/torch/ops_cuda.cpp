@@ -53,6 +53,27 @@ Tensor unpack_cuda_op(const Tensor& weight_packed, int64_t size_n, int64_t size_
   return call.codes;
 }
 
+Tensor import_cuda_op(const Tensor& packed, const Tensor& meta, int64_t num_bits) {
+  const ImportCall call = import_call(packed, meta, num_bits);
+  const DeviceGuard guard(call.packed.get_device_index());
+  std::string error;
+  const PackStatus status = import_marlin_24_cuda(call.params, current_stream(packed), &error);
+  expect_no_error(kImportOp, error);
+  expect_imported(status, call.params.num_bits);
+  return call.packed;
+}
+
+std::tuple<Tensor, Tensor> export_cuda_op(const Tensor& weight_packed, int64_t size_n, int64_t size_k,
+                                          int64_t num_bits) {
+  const ExportCall call = export_call(weight_packed, size_n, size_k, num_bits);
+  const DeviceGuard guard(call.codes.get_device_index());
+  std::string error;
+  const PackStatus status = export_marlin_24_cuda(call.params, current_stream(weight_packed), &error);
+  expect_no_error(kExportOp, error);
+  expect_exported(status, call.params.num_bits);
+  return {call.codes, call.meta};
+}
+
 // `choose` makes the plan from the problem and the device.
 template <class Choose>
 Tensor run_gemm(GemmCall call, int32_t device_index, const Choose& choose) {
@@ -119,5 +140,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_marlin, CUDA, m) {
   m.impl("pack_24_weights", TORCH_BOX(&sparse_marlin::pack_cuda_op));
   m.impl("unpack_24_weights", TORCH_BOX(&sparse_marlin::unpack_cuda_op));
   m.impl("sparse_marlin_gemm", TORCH_BOX(&sparse_marlin::gemm_cuda_op));
+  m.impl("import_marlin_24", TORCH_BOX(&sparse_marlin::import_cuda_op));
+  m.impl("export_marlin_24", TORCH_BOX(&sparse_marlin::export_cuda_op));
   m.impl("_sparse_marlin_gemm_tile", TORCH_BOX(&sparse_marlin::gemm_tile_cuda_op));
 }

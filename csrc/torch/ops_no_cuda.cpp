@@ -1,6 +1,8 @@
 // What the operators answer to CUDA tensors in a build without CUDA. Compiled instead of ops_cuda.cpp.
 #include <torch/csrc/stable/library.h>
 
+#include <tuple>
+
 #include "torch/arguments.h"
 
 namespace sparse_marlin {
@@ -27,6 +29,12 @@ Tensor gemm_no_cuda(const Tensor& a, const Tensor& weight_packed, const Tensor& 
                     const std::optional<Tensor>&) {
   no_cuda({{kGemmOp, "scales", scales}, {kGemmOp, "weight_packed", weight_packed}, {kGemmOp, "a", a}});
 }
+Tensor import_no_cuda(const Tensor& packed, const Tensor& meta, int64_t) {
+  no_cuda({{kImportOp, "meta", meta}, {kImportOp, "packed", packed}});
+}
+std::tuple<Tensor, Tensor> export_no_cuda(const Tensor& packed, int64_t, int64_t, int64_t) {
+  no_cuda({{kExportOp, "weight_packed", packed}});
+}
 
 }  // namespace
 }  // namespace sparse_marlin
@@ -35,4 +43,6 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_marlin, CUDA, m) {
   m.impl("pack_24_weights", TORCH_BOX(&sparse_marlin::pack_no_cuda));
   m.impl("unpack_24_weights", TORCH_BOX(&sparse_marlin::unpack_no_cuda));
   m.impl("sparse_marlin_gemm", TORCH_BOX(&sparse_marlin::gemm_no_cuda));
+  m.impl("import_marlin_24", TORCH_BOX(&sparse_marlin::import_no_cuda));
+  m.impl("export_marlin_24", TORCH_BOX(&sparse_marlin::export_no_cuda));
 }

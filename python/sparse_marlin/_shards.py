@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +88,62 @@ def headers(paths: list[Path]) -> dict[str, TensorInfo]:
                 if name in found:
                     raise ValueError(f"{info.where}: expected once, got it in {found[name].path.name} too")
                 found[name] = info
+    return found
+
+
+class TensorFiles:
+    """Tensors of .safetensors and torch.save files by name, read one at a time; files stay open until `close`."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._stack = contextlib.ExitStack()
+        self._readers: dict[Path, Any] = {}
+        self._loaded: dict[str, torch.Tensor] = {}
+        self.infos = headers([path for path in paths if path.suffix == ".safetensors"])
+        for path in (path for path in paths if path.suffix != ".safetensors"):
+            for name, tensor in load_state_dict(path).items():
+                self._loaded[name] = tensor
+                self.infos[name] = TensorInfo(name, path, tensor.dtype, tuple(tensor.shape))
+
+    def read(self, name: str) -> torch.Tensor:
+        if name in self._loaded:
+            return self._loaded[name]
+        info = self.infos[name]
+        if info.path not in self._readers:
+            self._readers[info.path] = self._stack.enter_context(opened(info.path))
+        return read_tensor(self._readers[info.path], info)
+
+    def close(self) -> None:
+        self._stack.close()
+        self._readers, self._loaded = {}, {}
+
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file that torch.save wrote, mapped where the file can be."""
+    try:
+        # Files from before torch 1.6 are no archives and cannot be mapped.
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # pickle, zipfile and torch have no common base: all mean an unreadable file
+        raise ValueError(f"{path}: expected a state dict written by torch.save, got: {_first_line(error)}") from error
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict) or not any(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise ValueError(f"{path}: expected a state dict (names to tensors), got {type(loaded).__name__}")
+    return {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+
+
+def model_files(path: Path) -> list[Path]:
+    """The files that hold the tensors of a file or folder: safetensors where there are any, else torch.save files."""
+    if path.is_file():
+        return [path]
+    found = shard_paths(path)
+    for pattern in ("pytorch_model*.bin", "*.pt", "*.pth", "*.bin"):
+        found = found or sorted(path.glob(pattern))
     return found
 
 

@@ -158,6 +158,9 @@ def register() -> None:
 
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, SparseMarlinConfig)
     auto.AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, SparseMarlinHfQuantizer)
+    from .legacy.hf import register as register_legacy
+
+    register_legacy(auto)
 
 
 __all__ = ["LayerSpec", "SparseMarlinConfig", "SparseMarlinHfQuantizer", "attach", "register"]

@@ -19,7 +19,7 @@ import torch
 
 from ._extension import _core
 from .model import existing_path, load_model, meta_model
-from .quantize import CHANNELWISE, KEPT_PER_QUAD, QUAD, SCALE_DTYPES
+from .quantize import CHANNELWISE, QUAD, SCALE_DTYPES, is_24_sparse
 from .replace import DEFAULT_IGNORE, survey
 
 _LOOKUPS = ("embed", "wte", "wpe")  # matrices that are looked up, not multiplied
@@ -59,13 +59,6 @@ def inspect_source(source: str, *, group_size: int = 128, num_bits: int = 4) -> 
     if any(name.endswith(".weight_packed") for name in tensors):
         return _from_tensors(tensors, group_size, num_bits)
     return _from_model(meta_model(source), tensors, group_size, num_bits)
-
-
-def is_24_sparse(weight: torch.Tensor) -> bool:
-    """At most two non-zero values in every four along K."""
-    if weight.shape[1] % QUAD:
-        return False
-    return bool((weight.unflatten(1, (-1, QUAD)).count_nonzero(-1) <= KEPT_PER_QUAD).all())
 
 
 def packed_bytes(shape: tuple[int, int], group_size: int, num_bits: int, element_size: int) -> int:

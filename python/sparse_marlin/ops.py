@@ -133,6 +133,20 @@ def _(
     return a.new_empty(_gemm_shape(a, scales))
 
 
+@torch.library.register_fake("sparse_marlin::import_marlin_24")
+def _(packed: Tensor, meta: Tensor, num_bits: int = 4) -> Tensor:
+    torch._check(meta.dim() == 2, lambda: f"import_marlin_24: meta: expected [K / 32, N * 2], got {list(meta.shape)}")
+    size_n, size_k = meta.shape[1] // 2, meta.shape[0] * _core.MARLIN_24_COLS
+    return packed.new_empty(_core.packed_shape(size_n, size_k, num_bits), dtype=torch.int32)
+
+
+@torch.library.register_fake("sparse_marlin::export_marlin_24")
+def _(weight_packed: Tensor, size_n: int, size_k: int, num_bits: int = 4) -> tuple[Tensor, Tensor]:
+    steps = size_k // _core.MARLIN_24_COLS
+    codes = weight_packed.new_empty((steps, size_n * num_bits // 2), dtype=torch.int32)
+    return codes, weight_packed.new_empty((steps, size_n * 2), dtype=torch.int16)
+
+
 # --- gradient ---------------------------------------------------------------------------------------------------------
 # Not torch.library.register_autograd: its kernel is general, and inference without inference_mode passes through it at
 # every call, which costs more than the dispatch of the operator itself. This one does the least that it must.

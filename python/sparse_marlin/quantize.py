@@ -140,6 +140,13 @@ def quantize_weight_only(
     return quantize(weight, prune_24_magnitude(weight), group_size, num_bits, name=name)
 
 
+def is_24_sparse(weight: torch.Tensor) -> bool:
+    """At most two non-zero values in every four along K."""
+    if weight.shape[1] % QUAD:
+        return False
+    return bool((weight.unflatten(1, (-1, QUAD)).count_nonzero(-1) <= KEPT_PER_QUAD).all())
+
+
 def relative_error(weight: torch.Tensor, quantized: QuantizedWeight) -> float:
     """||W - W^||_F / ||W||_F, in chunks of rows so that a large layer needs no second copy in float32."""
     size_k = max(weight.shape[1], 1)

@@ -1,0 +1,36 @@
+"""Checkpoints of the formats that came before: import, export, and the names that other code calls."""
+
+from .convert import export_checkpoint, import_checkpoint
+from .formats import open_source
+from .layouts import (
+    COMPRESSED_TENSORS,
+    GPTQ,
+    NAMES,
+    ORIGINAL,
+    PackedLayer,
+    export_marlin_24,
+    from_marlin_24,
+    import_marlin_24,
+    naming_of,
+    permute_scales,
+    scales_are_permuted,
+    unpermute_scales,
+)
+
+__all__ = [
+    "COMPRESSED_TENSORS",
+    "GPTQ",
+    "NAMES",
+    "ORIGINAL",
+    "PackedLayer",
+    "export_checkpoint",
+    "export_marlin_24",
+    "from_marlin_24",
+    "import_checkpoint",
+    "import_marlin_24",
+    "naming_of",
+    "open_source",
+    "permute_scales",
+    "scales_are_permuted",
+    "unpermute_scales",
+]
