@@ -1,4 +1,4 @@
-"""The command line: `sparse-marlin demo | generate | eval | inspect | info`, also as `python -m sparse_marlin`.
+"""The command line: `sparse-marlin compress | demo | generate | eval | inspect | info`, or `python -m sparse_marlin`.
 
 Results go to stdout (with --json nothing else does), progress and errors to stderr. A failure is one line and exit
 status 1, a wrong call is exit status 2.
@@ -222,6 +222,76 @@ def evaluate(
         f"perplexity {found.perplexity:.4f} of {found.scored_tokens} tokens of {text_name} "
         f"({found.windows} windows of {seq_len}, {found.tokens_per_second:.0f} tokens/s)"
     )
+
+
+@app.command()
+@_one_line_errors
+def compress(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Model directory, .gguf file or hub name.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the compressed model.")],
+    calibration: Annotated[str, typer.Option(help="Text file, or name of a dataset.")],
+    quality: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, alps or joint (best).")] = "joint",
+    group_size: GroupSize = 128,
+    num_bits: NumBits = 4,
+    rank: Annotated[int, typer.Option(min=0, help="Rank of the low-rank correction of each layer; 0: none.")] = 0,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="What stays dense; may be repeated [default: lm_head].")
+    ] = None,
+    masks: Annotated[Path | None, typer.Option(help="A .safetensors file of fixed 2:4 masks.")] = None,
+    keep_pattern: Annotated[bool, typer.Option("--keep-pattern", help="Keep the 2:4 pattern of the weights.")] = False,
+    max_error: Annotated[float | None, typer.Option(help="Output error over which a layer is not compressed.")] = None,
+    fallback: Annotated[str, typer.Option(help="What such a layer becomes: dense or int4 (rounded, dense).")] = "dense",
+    num_sequences: Annotated[int | None, typer.Option(min=1, help="Default: 256, on a CPU 128.")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Of calibration. Default: 2048, on a CPU 256.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the calibration sequences.")] = 0,
+    eval_text: Annotated[Path | None, typer.Option(help="Default: the last tenth of the calibration text.")] = None,
+    eval_seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a perplexity window.")] = 512,
+    eval_tokens: Annotated[int | None, typer.Option(min=2, help="Default: 65536, on a CPU 8192.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue at the end.")] = None,
+    device: Device = None,
+    dtype: Annotated[DType | None, typer.Option("--dtype", help="What is saved; default: as SRC, or bfloat16.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Do not continue an interrupted run.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a model to 2:4-sparse codes, calibrated on text, and say what it lost.
+
+    Interrupted runs continue when called again; finished layers are kept in OUT.unfinished until then."""
+    from .compress.command import PROMPT, CompressOptions, render, run_compress
+
+    result = run_compress(
+        CompressOptions(
+            source=source,
+            out=out,
+            calibration=calibration,
+            quality=quality,
+            group_size=group_size,
+            num_bits=num_bits,
+            rank=rank,
+            ignore=tuple(ignore) if ignore else ("lm_head",),
+            masks=masks,
+            keep_pattern=keep_pattern,
+            max_error=max_error,
+            fallback=fallback,
+            num_sequences=num_sequences,
+            seq_len=seq_len,
+            seed=seed,
+            device=_device(device),
+            dtype=_dtype(dtype),
+            eval_text=eval_text,
+            eval_seq_len=eval_seq_len,
+            eval_tokens=eval_tokens,
+            prompt=PROMPT if prompt is None else prompt,
+            overwrite=overwrite,
+            restart=restart,
+        ),
+        say=_say,
+        progress=True,
+    )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        typer.echo(render(result))
 
 
 @app.command()

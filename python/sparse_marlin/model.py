@@ -118,6 +118,21 @@ def meta_model(source: str) -> nn.Module:
     return model
 
 
+def stored_dtype(source: str) -> torch.dtype | None:
+    """The dtype that a model directory or hub name says its weights are in; None where it says none."""
+    with _quiet_transformers():
+        transformers = _import_transformers()
+        path, options = _resolve(source)
+        if "gguf_file" in options:
+            return None
+        try:
+            config = transformers.AutoConfig.from_pretrained(path, **options)
+        except (OSError, KeyError, ImportError, ValueError) as error:
+            raise RuntimeError(_why_not_loaded(source, error)) from error
+    found = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)  # transformers 5, and before
+    return found if isinstance(found, torch.dtype) else None
+
+
 def default_text() -> tuple[str, str]:
     """Name and text of the corpus that every machine with Python has: the language reference in `pydoc_data.topics`.
 

@@ -77,16 +77,15 @@ def prune_24_magnitude(weight: torch.Tensor) -> torch.Tensor:
 def keep_largest(scores: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     """Mask of the two largest of four tensors, stacked along `dim`; of equal ones the lower index.
 
-    Ranks come from the six comparisons of a quad, so that the CPU and a GPU choose the same positions (a sort need
-    not).
+    One stays that wins two of its three comparisons, so the CPU and a GPU choose the same positions (a sort need not).
     """
-    beaten_by: list[torch.Tensor] = [torch.zeros_like(scores[0], dtype=torch.int8) for _ in range(QUAD)]
+    wins: list[list[torch.Tensor]] = [[] for _ in range(QUAD)]
     for i in range(QUAD):
         for j in range(i + 1, QUAD):
             first_wins = scores[i] >= scores[j]
-            beaten_by[j] += first_wins
-            beaten_by[i] += ~first_wins
-    return torch.stack([rank < KEPT_PER_QUAD for rank in beaten_by], dim=dim)
+            wins[i].append(first_wins)
+            wins[j].append(~first_wins)
+    return torch.stack([(a & b) | (c & (a | b)) for a, b, c in wins], dim=dim)
 
 
 def quantize(

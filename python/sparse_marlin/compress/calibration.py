@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..evaluate import encode
-from ..model import read_text
+from ..model import existing_path, read_text
 
 # What `compress` takes: a text file, a dataset name, texts, token ids [L] or [S, L], or a list of these.
 Calibration = str | Path | torch.Tensor | Sequence[str] | Sequence[torch.Tensor]
@@ -88,7 +88,9 @@ def _stream(calibration: Calibration, tokenizer: Any) -> torch.Tensor:
     if isinstance(calibration, Path):
         texts: Iterable[Any] = [read_text(calibration)[1]]
     elif isinstance(calibration, str):
-        texts = _named(calibration)
+        # A text is hardly ever a single word or the name of a file.
+        named = "\n" not in calibration and (" " not in calibration.strip() or Path(calibration).exists())
+        texts = calibration_texts(calibration) if named else [calibration]
     elif isinstance(calibration, Sequence):
         texts = calibration
     else:
@@ -110,15 +112,12 @@ def _stream(calibration: Calibration, tokenizer: Any) -> torch.Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
 
 
-def _named(name: str) -> list[str]:
-    """A string is a file if there is one, a dataset if its name looks like one, else the text itself."""
-    if len(name) < 1024 and "\n" not in name:
-        if Path(name).expanduser().exists():
-            path = Path(name).expanduser()
-            return _dataset_texts(str(path)) if path.is_dir() else [read_text(path)[1]]
-        if " " not in name.strip():
-            return _dataset_texts(name)
-    return [name]
+def calibration_texts(name: str) -> list[str]:
+    """The text of a file, or the texts of a dataset: a folder, a hub name, or "owner/name:configuration"."""
+    path = existing_path(name)
+    if path is not None and path.is_file():
+        return [read_text(path)[1]]
+    return _dataset_texts(name if path is None else str(path))
 
 
 def _dataset_texts(name: str) -> list[str]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from .._progress import two_bars
 from ..linear import SparseMarlinLinear
-from ..quantize import check_finite
+from ..quantize import SCALE_DTYPES, check_finite
 from ..replace import DEFAULT_IGNORE, Replacement, Selection, install, select
 from ..report import ConversionReport
 from .blocks import Block, block_inputs, find_blocks
@@ -44,6 +44,7 @@ def compress(
     num_sequences: int | None = None,
     seq_len: int | None = None,
     seed: int = 0,
+    scale_dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     state: str | os.PathLike[str] | None = None,
     progress: bool = False,
@@ -66,6 +67,8 @@ def compress(
             in a dense layer: no bytes are saved here, it shows what a dense INT4 kernel would give.
         num_sequences, seq_len: of the calibration; default 256 of 2048 tokens on a GPU, 128 of 256 on a CPU.
         seed: draws the sequences where there are more.
+        scale_dtype: what scales and corrections are rounded to, for a model that will be saved in that dtype; default:
+            the dtype of the weights.
         device: where the arithmetic runs, block by block; default: where the model is.
         state: folder for finished blocks; a call with the same inputs continues from them. It is left in place.
         progress: two bars and a line for each linear on stderr.
@@ -77,7 +80,7 @@ def compress(
         ValueError, TypeError: bad settings, a model without linears to convert or with compressed ones, too little
             calibration text, NaN or infinity in weights or activations (with the layer's name). The model is as it was.
     """
-    settings = _settings(quality, group_size, num_bits, rank, max_error, fallback)
+    settings = _settings(quality, group_size, num_bits, rank, max_error, fallback, scale_dtype)
     selection = _select(model, ignore, settings)
     place = torch.device(device) if device is not None else next(model.parameters()).device
     kind = "cpu" if place.type == "cpu" else "cuda"
@@ -118,8 +121,16 @@ def compress(
 
 
 def _settings(
-    quality: str | Solver, group_size: int, num_bits: int, rank: int, max_error: float | None, fallback: str
+    quality: str | Solver,
+    group_size: int,
+    num_bits: int,
+    rank: int,
+    max_error: float | None,
+    fallback: str,
+    scale_dtype: torch.dtype | None,
 ) -> Settings:
+    if scale_dtype is not None and scale_dtype not in SCALE_DTYPES:
+        raise TypeError(f"compress: scale_dtype: expected float32, float16 or bfloat16, got {scale_dtype}")
     if fallback not in FALLBACKS:
         raise ValueError(f"compress: fallback: expected one of {', '.join(FALLBACKS)}, got {fallback!r}")
     if rank < 0:
@@ -128,7 +139,7 @@ def _settings(
         raise ValueError(f"compress: max_error: expected a number > 0, got {max_error}")
     name = quality if isinstance(quality, str) else getattr(quality, "__name__", type(quality).__name__)
     solve = solver(quality) if isinstance(quality, str) else quality
-    return Settings(name, solve, group_size, num_bits, rank, max_error, fallback)
+    return Settings(name, solve, group_size, num_bits, rank, max_error, fallback, scale_dtype)
 
 
 def _select(model: nn.Module, ignore: str | Iterable[str], settings: Settings) -> Selection:
@@ -176,4 +187,5 @@ def _described(settings: Settings) -> dict[str, Any]:
         "rank": settings.rank,
         "max_error": settings.max_error,
         "fallback": settings.fallback,
+        "scale_dtype": str(settings.scale_dtype),
     }

@@ -44,6 +44,7 @@ class Settings:
     rank: int
     max_error: float | None
     fallback: str
+    scale_dtype: torch.dtype | None = None  # None: the weight's
 
     @property
     def method(self) -> str:
@@ -166,7 +167,7 @@ class BlockRun:
             hessian,
             settings.group_size,
             settings.num_bits,
-            weights[0].dtype,
+            settings.scale_dtype or weights[0].dtype,
             torch.cat(masks).t().contiguous() if masks else None,
             lambda _: bars.step(),
         )
@@ -215,7 +216,7 @@ def _replacement(
     assert isinstance(linear, nn.Linear)
     if isinstance(solution, torch.Tensor):
         return _dense(candidate, problem.hessian, solution[:, rows], "simulated")
-    quantized = solution.quantized(problem, rows)
+    quantized = solution.quantized(problem, rows, candidate.weight.dtype)
     layer = SparseMarlinLinear.from_codes(
         quantized.codes,
         quantized.scales,

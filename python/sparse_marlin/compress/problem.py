@@ -98,11 +98,11 @@ class Solution:
     def values(self, problem: Problem) -> torch.Tensor:
         return self.codes * problem.expand(self.scales)
 
-    def quantized(self, problem: Problem, rows: slice) -> QuantizedWeight:
-        """The part of one linear, as the packer takes it."""
+    def quantized(self, problem: Problem, rows: slice, dtype: torch.dtype) -> QuantizedWeight:
+        """The part of one linear, as the packer takes it, scales in `dtype`."""
         return QuantizedWeight(
             self.codes[:, rows].t().to(torch.int8).contiguous(),
-            self.scales[:, rows].to(problem.scale_dtype).contiguous(),
+            self.scales[:, rows].to(dtype).contiguous(),
             problem.group_size,
             problem.num_bits,
         )
@@ -159,35 +159,31 @@ def rounded(problem: Problem, values: torch.Tensor, scales: torch.Tensor) -> Sol
 def refit_scales(problem: Problem, solution: Solution) -> Solution:
     """Least-squares scales for fixed codes: per row a G x G system `[z_g^T H z_h] s = [z_g^T H w]`, with z_g the codes
     of group g. A row keeps its old scales where the new ones, rounded for storage, are not better."""
-    groups, size_k = problem.groups, problem.size_k
-    damped, codes = problem.hessian.damped, solution.codes
-    wanted = damped @ problem.target
-    rows = max(1, _CHUNK_VALUES.get(codes.device.type, _CHUNK_VALUES["cuda"]) * 4 // (size_k * (groups + 1)))
-    scales = solution.scales.clone()
-    for start in range(0, codes.shape[1], rows):
-        part = slice(start, min(start + rows, codes.shape[1]))
-        scales[:, part] = _least_squares(problem, codes[:, part], wanted[:, part], scales[:, part])
-    new = Solution(codes, problem.storable(scales))
-    better = problem.losses(new.values(problem)) < problem.losses(solution.values(problem))
-    return Solution(codes, torch.where(better, new.scales, solution.scales))
-
-
-def _least_squares(problem: Problem, codes: torch.Tensor, wanted: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    groups, width, size_k = problem.groups, problem.width, problem.size_k
-    spread = torch.zeros((size_k, groups, codes.shape[1]), dtype=torch.float32, device=codes.device)
-    for group in range(groups):
-        part = slice(group * width, min((group + 1) * width, size_k))
-        spread[part, group] = codes[part]
-    moved = (problem.hessian.damped @ spread.flatten(1)).view_as(spread)  # H z_g
-    missing = groups * width - size_k
-    by_group = torch.nn.functional.pad(codes, (0, 0, 0, missing)).unflatten(0, (groups, width))
-    moved = torch.nn.functional.pad(moved, (0, 0, 0, 0, 0, missing)).unflatten(0, (groups, width))
-    normal = torch.einsum("gwr,gwhr->rgh", by_group, moved)
-    right = (by_group * torch.nn.functional.pad(wanted, (0, 0, 0, missing)).unflatten(0, (groups, width))).sum(1).t()
+    normal, right = _normal_equations(problem, solution.codes)
+    groups = problem.groups
     ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-    normal = normal + ridge[:, None, None] * torch.eye(groups, device=codes.device)
-    solved, _ = torch.linalg.solve_ex(normal, right.unsqueeze(-1))
-    found = solved.squeeze(-1).t()
+    normal += ridge[:, None, None] * torch.eye(groups, device=normal.device)
+    solved, _ = torch.linalg.solve_ex(normal, right.t().unsqueeze(-1))
+    found, old = solved.squeeze(-1).t(), solution.scales
     # A scale that runs away is a sign of a nearly singular system, not of a better scale.
-    sane = torch.isfinite(found) & (found > 0.3 * scales) & (found < 3 * scales)
-    return torch.where(sane, found, scales)
+    sane = torch.isfinite(found) & (found > 0.3 * old) & (found < 3 * old)
+    new = Solution(solution.codes, problem.storable(torch.where(sane, found, old)))
+    better = problem.losses(new.values(problem)) < problem.losses(solution.values(problem))
+    return Solution(solution.codes, torch.where(better, new.scales, old))
+
+
+def _normal_equations(problem: Problem, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[R, G, G] and [G, R]. Only products of a group's columns of H with its own codes, and below the diagonal: all of
+    them together cost half a product of H with the codes."""
+    groups, width, damped = problem.groups, problem.width, problem.hessian.damped
+    missing = groups * width - problem.size_k
+    normal = torch.empty((groups, groups, codes.shape[1]), dtype=torch.float32, device=codes.device)
+    for group in range(groups):
+        start, end = group * width, min((group + 1) * width, problem.size_k)
+        moved = (damped[start:, start:end] @ codes[start:end]).mul_(codes[start:])
+        sums = torch.nn.functional.pad(moved, (0, 0, 0, missing)).unflatten(0, (groups - group, width)).sum(1)
+        normal[group:, group] = sums
+        normal[group, group:] = sums
+    right = (damped @ problem.target).mul_(codes)
+    right = torch.nn.functional.pad(right, (0, 0, 0, missing)).unflatten(0, (groups, width)).sum(1)
+    return normal.permute(2, 0, 1).contiguous(), right
