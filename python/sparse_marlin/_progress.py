@@ -47,10 +47,11 @@ class TwoBars:
         if self._bar:
             self._bar.advance(self._outer)
 
-    def inner(self, description: str, total: int) -> None:
-        """The inner bar begins anew."""
+    def inner(self, description: str, total: int | None) -> None:
+        """The inner bar begins anew; without a total it only shows that work goes on."""
         if self._bar:
-            self._bar.reset(self._inner, total=max(total, 1), description=description)
+            self._bar.reset(self._inner, description=description)
+            self._bar.tasks[self._inner].total = total
 
     def step(self) -> None:
         """One inner step is done."""

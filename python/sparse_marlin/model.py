@@ -83,7 +83,7 @@ def load_model(
     dtype = dtype or default_dtype(device)
     if device.type == "cuda" and dtype == torch.float32:
         raise ValueError("load_model: dtype: expected float16 or bfloat16 on a GPU, got float32; pass --dtype bfloat16")
-    with _quiet_transformers():
+    with quiet_transformers():
         transformers = _import_transformers()
         path, options = _resolve(source)
         config_options: dict[str, Any] = {}
@@ -106,7 +106,7 @@ def load_model(
 
 def meta_model(source: str) -> nn.Module:
     """The model of a directory or hub name with its shapes but without its weights."""
-    with _quiet_transformers():
+    with quiet_transformers():
         transformers = _import_transformers()
         path, options = _resolve(source)
         try:
@@ -120,7 +120,7 @@ def meta_model(source: str) -> nn.Module:
 
 def stored_dtype(source: str) -> torch.dtype | None:
     """The dtype that a model directory or hub name says its weights are in; None where it says none."""
-    with _quiet_transformers():
+    with quiet_transformers():
         transformers = _import_transformers()
         path, options = _resolve(source)
         if "gguf_file" in options:
@@ -260,7 +260,7 @@ def _import_transformers() -> Any:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """transformers writes bars and advice to stderr while it loads; the command line has its own."""
     try:
         from transformers.utils import logging

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -89,7 +90,7 @@ def _stream(calibration: Calibration, tokenizer: Any) -> torch.Tensor:
         texts: Iterable[Any] = [read_text(calibration)[1]]
     elif isinstance(calibration, str):
         # A text is hardly ever a single word or the name of a file.
-        named = "\n" not in calibration and (" " not in calibration.strip() or Path(calibration).exists())
+        named = "\n" not in calibration and (" " not in calibration.strip() or os.path.exists(calibration))
         texts = calibration_texts(calibration) if named else [calibration]
     elif isinstance(calibration, Sequence):
         texts = calibration

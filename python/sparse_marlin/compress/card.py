@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from .._version import __version__
@@ -43,6 +44,8 @@ Calibrated on {calibration} ({sequences}). The licence of the original model app
 def model_card(result: Mapping[str, Any]) -> str:
     """README.md for a folder, from `CompressResult.to_dict()`."""
     options, report = result["options"], result["report"]
+    # A folder of this machine means nothing elsewhere: its last component, a hub name as a whole.
+    base = Path(options["source"]).name if Path(options["source"]).exists() else options["source"]
     count, length = options["num_sequences"], options["seq_len"]
     given = [
         f"{count} sequences" if count else "",
@@ -50,8 +53,8 @@ def model_card(result: Mapping[str, Any]) -> str:
         f"seed {options['seed']}",
     ]
     return _CARD.format(
-        base=options["source"],
-        name=options["out"],
+        base=base,
+        name=Path(options["out"]).name,
         converted=report["num_converted"],
         total=report["num_converted"] + report["num_dense"],
         bits=report["num_bits"],
@@ -67,6 +70,6 @@ def model_card(result: Mapping[str, Any]) -> str:
         text=result["text"],
         seq_len=result["compressed"]["seq_len"],
         error=report["mean_output_error"] or 0.0,
-        calibration=options["calibration"],
+        calibration=Path(options["calibration"]).name,
         sequences=", ".join(part for part in given if part),
     )

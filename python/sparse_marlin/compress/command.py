@@ -19,7 +19,7 @@ from .._extension import _core
 from .._version import __version__
 from ..checkpoint import from_pretrained, is_saved_model, save_checkpoint
 from ..evaluate import PERPLEXITY_PROTOCOL, Continuation, Perplexity, generate_greedy, perplexity
-from ..model import default_device, default_dtype, existing_path, load_model, stored_dtype
+from ..model import default_device, default_dtype, existing_path, load_model, quiet_transformers, stored_dtype
 from ..quantize import check_finite
 from ..replace import DEFAULT_IGNORE, module_bytes, select
 from ..report import ConversionReport
@@ -168,17 +168,19 @@ def run_compress(
     lap("compress")
     say("Saving")
     loaded.model.to(saved_dtype)
-    save_checkpoint(
-        loaded.model,
-        options.out,
-        tokenizer=loaded.tokenizer,
-        overwrite=options.overwrite,
-        extra_config={"compression": _provenance(options, report)},
-        progress=progress,
-    )
+    with quiet_transformers():
+        save_checkpoint(
+            loaded.model,
+            options.out,
+            tokenizer=loaded.tokenizer,
+            overwrite=options.overwrite,
+            extra_config={"compression": _provenance(options, report)},
+            progress=progress,
+        )
     lap("save and verify")
     del loaded.model
-    reopened = from_pretrained(options.out, device=device, dtype=saved_dtype if device.type != "cpu" else computing)
+    with quiet_transformers():
+        reopened = from_pretrained(options.out, device=device, dtype=saved_dtype if device.type != "cpu" else computing)
     compressed = measure(reopened, "Perplexity, compressed")
     continuation = generate_greedy(reopened, loaded.tokenizer, options.prompt, max_new_tokens=32)
     lap("measure")

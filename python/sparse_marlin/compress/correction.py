@@ -5,11 +5,14 @@ L L^T (Cholesky) that is ||(E - up down) L||_F, so by Eckart-Young `up down L` i
 with the singular value decomposition E L = P S Q^T, up = P_r S_r and down = Q_r^T L^-1. No other factors of rank r
 leave less error on the calibration tokens (under the damped H).
 
-Codes and correction then take turns: the codes descend towards W - up down, which the correction leaves to them, and
-the correction is found again. Each turn lowers the same objective.
+With the default quality codes and correction then take turns: the codes descend towards W - up down, which the
+correction leaves to them, and the correction is found again. Each turn lowers the same objective. The other qualities
+keep their codes.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 
@@ -18,7 +21,6 @@ from .problem import Problem, Solution, refit_scales
 
 _OVERSAMPLE = 16  # more directions than asked for, so that the last ones asked for are accurate
 _ITERATIONS = 6  # of subspace iteration
-_TURNS = 2
 _SWEEPS = 2
 
 
@@ -51,17 +53,18 @@ def low_rank(
 
 
 def corrected(
-    problem: Problem, solution: Solution, rows: list[slice], rank: int
+    problem: Problem, solution: Solution, rows: list[slice], rank: int, *, turns: int = 2
 ) -> tuple[Solution, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """The solution and the factors of every linear (`rows` of the problem) after they took turns."""
+    """The solution and the factors of every linear (`rows` of the problem) after they took `turns` turns."""
     dtype, target = problem.scale_dtype, problem.target
     factors = _factors(problem, solution, rows, rank, dtype)
-    for _ in range(_TURNS):
+    for _ in range(turns):
         problem.step("correction")
         aim = target.clone()
         for part, (up, down) in zip(rows, factors, strict=True):
             aim[:, part] -= (up @ down).t()
-        solution = refit_scales(problem.aimed_at(aim), descend(problem.aimed_at(aim), solution, _SWEEPS))
+        rest = dataclasses.replace(problem, target=aim)
+        solution = refit_scales(rest, descend(rest, solution, _SWEEPS))
         factors = _factors(problem, solution, rows, rank, dtype)
     return solution, factors
 

@@ -117,6 +117,10 @@ def compress(
     finally:
         for module in was_training:
             module.training = True
+    for candidate in selection.chosen:
+        new = results[candidate.name]
+        if isinstance(new, Replacement):
+            new.layer.train(candidate.module.training)
     return install(model, selection, results, method=settings.method)
 
 

@@ -25,11 +25,12 @@ from .blocks import Block, Call, FinishedParts, Group, GroupHook, run_block, sha
 from .correction import corrected
 from .hessian import Hessian, HessianAccumulator, output_error
 from .problem import Problem, Solution
-from .solvers import Solver
+from .solvers import DEFAULT_QUALITY, Solver
 from .state import State, dense_twin
 from .sweep import joint_sweep
 
 FALLBACKS = ("dense", "int4")
+_TURNS = 2  # of codes and correction
 _KEEP_ON_DEVICE_BYTES = 4_000_000_000  # of hidden states; more are kept in host memory
 
 
@@ -116,7 +117,7 @@ class BlockRun:
             if hessian is None:
                 made.update({candidate.name: "no calibration token reached it" for candidate in group.linears})
                 continue
-            bars.inner(f"{names}: solving", 0)
+            bars.inner(f"{names}: solving", None)
             for linears in self._alike(group.linears):
                 made.update(self._solve(linears, hessian, bars, start))
             parts.finish(set(made))
@@ -173,8 +174,9 @@ class BlockRun:
         )
         solution = settings.solve(problem)
         factors: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(linears)
-        if settings.rank:
-            solution, found = corrected(problem, solution, rows, settings.rank)
+        if settings.rank and isinstance(solution, Solution):
+            turns = _TURNS if settings.quality == DEFAULT_QUALITY else 0
+            solution, found = corrected(problem, solution, rows, settings.rank, turns=turns)
             factors = list(found)
         made: dict[str, Replacement | str] = {}
         for candidate, part, correction in zip(linears, rows, factors, strict=True):

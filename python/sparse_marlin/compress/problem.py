@@ -74,10 +74,6 @@ class Problem:
         """[G, R] -> [K, R]."""
         return scales.repeat_interleave(self.width, dim=0)[: self.size_k]
 
-    def aimed_at(self, target: torch.Tensor) -> Problem:
-        """The same problem with another target."""
-        return dataclasses.replace(self, target=target)
-
     def with_mask(self, mask: torch.Tensor) -> Problem:
         """The same problem with its pattern fixed."""
         return dataclasses.replace(self, mask=mask)

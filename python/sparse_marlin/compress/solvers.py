@@ -22,7 +22,8 @@ from .descent import descend
 from .problem import Problem, Solution, clipped_scales, keep_two, refit_scales, rounded
 from .sweep import joint_sweep
 
-Solver = Callable[[Problem], Solution]
+# A tensor instead of a solution is a weight [K, R] that this format does not store: the linear stays dense with it.
+Solver = Callable[[Problem], Solution | torch.Tensor]
 
 DEFAULT_QUALITY = "joint"
 _SWEEPS = 2
