@@ -28,12 +28,12 @@ def weight_permutation(num_bits: int) -> np.ndarray:
     return np.array(order).reshape(-1, len(interleave))[:, interleave].ravel()
 
 
-def compress(codes: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def compress(codes: torch.Tensor, kept_by_mask: dict[int, tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
     """Kept codes [N, K / 2] and the metadata nibbles [N, K / 4]."""
     quads = codes.numpy().astype(np.int64).reshape(codes.shape[0], -1, 4)
     mask = ((quads != 0) * np.array([1, 2, 4, 8])).sum(-1)
-    first = np.vectorize(lambda m: KEPT[int(m)][0])(mask)
-    second = np.vectorize(lambda m: KEPT[int(m)][1])(mask)
+    first = np.vectorize(lambda m: kept_by_mask[int(m)][0])(mask)
+    second = np.vectorize(lambda m: kept_by_mask[int(m)][1])(mask)
     kept = np.stack([np.take_along_axis(quads, i[..., None], -1)[..., 0] for i in (first, second)], -1)
     return kept.reshape(codes.shape[0], -1), first | second << 2
 
@@ -75,12 +75,17 @@ def permute_scales(scales: torch.Tensor) -> torch.Tensor:
 
 
 def marlin_24(
-    codes: torch.Tensor, scales: torch.Tensor, num_bits: int, *, permuted: bool | None = None
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    num_bits: int,
+    *,
+    permuted: bool | None = None,
+    kept: dict[int, tuple[int, int]] = KEPT,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """packed, meta and scales as the files hold them. Scales [G, N] are permuted where there is more than one group;
     `permuted` says otherwise (the compressed-tensors packer at K = 256)."""
-    kept, nibbles = compress(codes)
+    values, nibbles = compress(codes, kept)
     if permuted is None:
         permuted = scales.shape[0] > 1
     stored = permute_scales(scales) if permuted else scales.clone()
-    return pack_weight(kept, num_bits), pack_meta(nibbles), stored.to(torch.float16)
+    return pack_weight(values, num_bits), pack_meta(nibbles), stored.to(torch.float16)

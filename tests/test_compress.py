@@ -131,7 +131,9 @@ def test_each_layer_is_calibrated_on_what_the_compressed_layers_before_it_produc
     groups = [name for name in order if name.rpartition(".")[2] in ("q_proj", "o_proj", "gate_proj", "down_proj")]
     assert len(seen) == len(groups) == 8  # four inputs a block: q, k and v share one, gate and up another
     for name, hessian in zip(groups, seen, strict=True):
-        torch.testing.assert_close(hessian, wanted[name], rtol=2e-3, atol=2e-3 * float(wanted[name].abs().max()), msg=name)
+        torch.testing.assert_close(
+            hessian, wanted[name], rtol=2e-3, atol=2e-3 * float(wanted[name].abs().max()), msg=name
+        )
 
 
 def test_correction_lowers_the_error_and_belongs_to_the_layer():
@@ -231,7 +233,10 @@ def test_masks_from_outside_and_of_the_weights_themselves(quality):
     [
         ({"model.layers.7.up": torch.ones(4, 4)}, "names of linears that are converted, got 'model.layers.7.up'"),
         ({"model.layers.0.mlp.up_proj": torch.ones(4, 4)}, r"up_proj: mask: expected \[100, 64\]"),
-        ({"model.layers.0.mlp.up_proj": torch.ones(100, 64)}, "at most 2 non-zero of every 4, got 4 at row 0, columns 0"),
+        (
+            {"model.layers.0.mlp.up_proj": torch.ones(100, 64)},
+            "at most 2 non-zero of every 4, got 4 at row 0, columns 0",
+        ),
         ("nonzero", "q_proj: weight: expected at most 2 non-zero of every 4"),
         ("zero", "expected a mapping or 'nonzero'"),
     ],

@@ -26,11 +26,11 @@ def correlated(seed, decay, size_k=512, size_n=128, tokens=8192):
     spectrum = (1 + np.arange(size_k)) ** (-decay)
     channels = np.exp(rng.standard_normal(size_k) * 0.5)
     channels[rng.choice(size_k, 5, replace=False)] *= 8
-    first, second = (
-        (rng.standard_normal((tokens, size_k)) * np.sqrt(spectrum)) @ basis.T * channels for _ in range(2)
-    )
+    first, second = ((rng.standard_normal((tokens, size_k)) * np.sqrt(spectrum)) @ basis.T * channels for _ in range(2))
     weight = rng.standard_t(6, (size_n, size_k)) * 0.02
-    return [torch.tensor(a, dtype=torch.float32) for a in (weight, first.T @ first / tokens, second.T @ second / tokens)]
+    return [
+        torch.tensor(a, dtype=torch.float32) for a in (weight, first.T @ first / tokens, second.T @ second / tokens)
+    ]
 
 
 def problem_of(weight, hessian, **options):

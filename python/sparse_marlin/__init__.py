@@ -4,7 +4,7 @@
 """
 
 # The operators are loaded first: the modules below use them.
-from . import _extension, _hf_hook  # noqa: F401
+from . import _extension, _hf_hook, legacy  # noqa: F401
 from ._version import __version__
 from .checkpoint import from_pretrained, load_checkpoint, save_checkpoint
 from .compress import compress
@@ -23,6 +23,7 @@ __all__ = [
     "compress",
     "from_pretrained",
     "info",
+    "legacy",
     "load_checkpoint",
     "pack_24_weights",
     "replace_linears",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -48,6 +49,10 @@ class TensorInfo:
     shape: tuple[int, ...]
 
     @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * (self.dtype.itemsize if self.dtype is not None else 1)
+
+    @property
     def where(self) -> str:
         """How messages name it."""
         return f"{self.path.name}: {self.name}"
@@ -64,7 +69,7 @@ def opened(path: Path, device: str = "cpu") -> Iterator[Any]:
         file = safe_open(str(path), framework="pt", device=device)
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path}: expected a whole .safetensors file, got: {_first_line(error)}; copy or download it again"
+            f"{path}: expected a state dict written by safetensors, got: {_first_line(error)}; the file is damaged"
         ) from error
     with file as reader:
         yield reader
@@ -142,17 +147,17 @@ def model_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     found = shard_paths(path)
-    for pattern in ("pytorch_model*.bin", "*.pt", "*.pth", "*.bin"):
+    for pattern in ("pytorch_model*.bin", "*.pt", "*.pth"):
         found = found or sorted(path.glob(pattern))
     return found
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The model's .safetensors files: those of the index where there is one (a missing one is an error), else all that
-    lie there."""
+    """The model's .safetensors files: those of the index where there is one (a missing one is an error), else the one
+    of the usual name, else all that lie there."""
     index = folder / INDEX
     if not index.exists():
-        return sorted(folder.glob("*.safetensors"))
+        return [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -243,7 +248,7 @@ def new_folder(
     if target.exists() and not overwrite:
         raise ValueError(
             f"{name}: {target}: expected a name that does not exist yet, got one that does; "
-            "choose another, or allow overwriting"
+            "choose another, or overwrite it (overwrite=True, --overwrite)"
         )
     if target.exists() and not target.is_dir():
         raise ValueError(f"{name}: {target}: expected a folder to overwrite, got a file")

@@ -1,4 +1,4 @@
-"""The command line: `sparse-marlin compress | demo | generate | eval | inspect | info`, or `python -m sparse_marlin`.
+"""The command line, `sparse-marlin COMMAND`, also as `python -m sparse_marlin`.
 
 Results go to stdout (with --json nothing else does), progress and errors to stderr. A failure is one line and exit
 status 1, a wrong call is exit status 2.
@@ -224,6 +224,103 @@ def evaluate(
     )
 
 
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+ShardGigabytes = Annotated[float, typer.Option("--shard-gb", min=0.001, help="Largest size of a file, in gigabytes.")]
+
+
+class OldFormat(str, Enum):
+    marlin_24 = "marlin-24"
+    gptq_marlin_24 = "gptq-marlin-24"
+
+
+class ScaleOrder(str, Enum):
+    auto = "auto"
+    permuted = "permuted"
+    plain = "plain"
+
+
+@app.command("import")
+@_one_line_errors
+def import_(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="Folder, .safetensors or .pt file of another format.")],
+    out: Out,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option("--ignore", help="Of a dense model: what stays dense (name or re:PATTERN); default: lm_head."),
+    ] = None,
+    targets: Annotated[
+        list[str] | None, typer.Option("--targets", help="Of a dense model: what alone is converted.")
+    ] = None,
+    group_size: GroupSize = 128,
+    num_bits: NumBits = 4,
+    scales: Annotated[
+        ScaleOrder, typer.Option("--scales", help="Order of marlin-24 scales, where the packers' rule does not hold.")
+    ] = ScaleOrder.auto,
+    shard_gb: ShardGigabytes = 5.0,
+    overwrite: Overwrite = False,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Convert a checkpoint to this library's format: marlin-24 (all namings), 2:4 weights in compressed-tensors, GPTQ
+    or dense files.
+
+    --group-size and --num-bits are for dense weights; all others keep their own.
+    """
+    from .legacy import import_checkpoint
+    from .replace import DEFAULT_IGNORE
+
+    report = import_checkpoint(
+        src,
+        out,
+        ignore=DEFAULT_IGNORE if ignore is None else ignore,
+        targets=targets or (),
+        group_size=group_size,
+        num_bits=num_bits,
+        permuted_scales=None if scales is ScaleOrder.auto else scales is ScaleOrder.permuted,
+        device=_device(device) or "cpu",
+        max_shard_bytes=int(shard_gb * 1e9),
+        overwrite=overwrite,
+        progress=True,
+    )
+    if as_json:
+        _print_json({"source": src, "out": str(out), **report.to_dict()})
+        return
+    typer.echo(report.totals())
+    for note in report.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(f"verified and written to {out}")
+
+
+@app.command()
+@_one_line_errors
+def export(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="Folder that sparse_marlin saved.")],
+    out: Out,
+    format: Annotated[OldFormat, typer.Option("--format", help="compressed-tensors' or GPTQ's naming and config.")],
+    shard_gb: ShardGigabytes = 5.0,
+    overwrite: Overwrite = False,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Write a saved model in the old format, byte for byte as its packers did."""
+    from .legacy import export_checkpoint
+
+    layers = export_checkpoint(
+        src,
+        out,
+        format=format.value,
+        device=_device(device) or "cpu",
+        max_shard_bytes=int(shard_gb * 1e9),
+        overwrite=overwrite,
+        progress=True,
+    )
+    if as_json:
+        _print_json({"source": src, "out": str(out), "format": format.value, "layers": layers})
+    else:
+        typer.echo(f"{len(layers)} layers written to {out} as {format.value}")
+
+
 @app.command()
 @_one_line_errors
 def compress(
@@ -321,10 +418,14 @@ def inspect(
     table.add_column("MB after", justify="right")
     for layer in layers:
         state = "would be converted" if layer.convertible else f"stays {layer.state}: {layer.reason}"
+        if layer.state not in ("dense", "packed", "unreadable"):
+            state = f"{layer.state}: `sparse-marlin import` reads it" + (f"; {layer.reason}" if layer.reason else "")
         shape = f"{layer.shape[0]} x {layer.shape[1]}"
         if layer.state == "packed":
             state = f"packed: {layer.num_bits}-bit, group size {layer.group_size}, format {_core.FORMAT_VERSION}"
-            shape = f"{layer.shape[0]} x up to {layer.shape[1]}"
+            shape = (
+                f"{layer.shape[0]} x {layer.shape[1]}" if layer.exact else f"{layer.shape[0]} x up to {layer.shape[1]}"
+            )
         known = "?" if layer.is_24 is None else "yes" if layer.is_24 else "no"
         table.add_row(
             layer.name, shape, known, state, f"{layer.bytes_before / 1e6:.3f}", f"{layer.bytes_after / 1e6:.3f}"
@@ -359,11 +460,18 @@ def main() -> None:
 def _load(
     path: str, sparse: bool, group_size: int, num_bits: int, device: str | None, dtype: DType | None
 ) -> tuple[Any, Any]:
+    from .checkpoint import packed_layers
     from .model import load_model
     from .replace import replace_linears
 
     _say("Loading the model")
     loaded = load_model(path, device=_device(device), dtype=_dtype(dtype))
+    packed = sum(1 for _ in packed_layers(loaded.model))
+    if packed:
+        if not sparse:
+            raise ValueError(f"--dense: expected a dense model, got {path} with {packed} packed layers")
+        _say(f"{packed} layers are packed already")
+        return loaded, None
     report = replace_linears(loaded.model, group_size=group_size, num_bits=num_bits, progress=True) if sparse else None
     if report is not None:
         _say(report.totals())
@@ -371,11 +479,13 @@ def _load(
 
 
 def _about(loaded: Any, report: Any) -> dict[str, Any]:
+    from .checkpoint import packed_layers
+
     return {
         "model": loaded.name,
         "device": str(loaded.device),
         "dtype": str(loaded.dtype).removeprefix("torch."),
-        "sparse": report is not None,
+        "sparse": report is not None or any(True for _ in packed_layers(loaded.model)),
         "conversion": None
         if report is None
         else {key: value for key, value in report.to_dict().items() if key != "layers"},

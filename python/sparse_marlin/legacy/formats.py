@@ -108,9 +108,7 @@ def open_source(path: str | Path, *, ignore: Iterable[str] = (), targets: Iterab
     files = model_files(path)
     if not files:
         raise ValueError(f"{path}: expected .safetensors files (or a torch.save state dict), got none")
-    folder = path if path.is_dir() else None
-    config = read_config(folder) if folder is not None and (folder / CONFIG_FILE).exists() else {}
-    quantization, where = _quantization(folder, config)
+    folder, config, quantization, where = _configs(path)
     tensors = TensorFiles(files)
     try:
         if folder is not None:
@@ -121,6 +119,24 @@ def open_source(path: str | Path, *, ignore: Iterable[str] = (), targets: Iterab
         tensors.close()
         raise
     return Source(path, kind, naming, config, quantization, tensors, layers)
+
+
+def find_format(path: str | Path) -> tuple[str, str]:
+    """Format and naming of a folder or file on this machine, from its config and the names in its .safetensors files;
+    DENSE where nothing speaks for another."""
+    path = Path(path).expanduser()
+    _, _, quantization, where = _configs(path)
+    with TensorFiles(
+        [file for file in model_files(path) if file.suffix == ".safetensors" or path.is_file()]
+    ) as tensors:
+        return detect(quantization, tensors.infos, where)
+
+
+def _configs(path: Path) -> tuple[Path | None, dict[str, Any], dict[str, Any], str]:
+    """The folder, config.json, what it says about quantization, and where that stands."""
+    folder = path if path.is_dir() else None
+    config = read_config(folder) if folder is not None and (folder / CONFIG_FILE).exists() else {}
+    return folder, config, *_quantization(folder, config)
 
 
 def _quantization(folder: Path | None, config: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -185,7 +201,7 @@ def is_gptq_marlin_24(quantization: Mapping[str, Any]) -> bool:
 
 
 def is_compressed_tensors(quantization: Mapping[str, Any]) -> bool:
-    return quantization.get("quant_method") == "compressed-tensors" or "config_groups" in quantization
+    return quantization.get("quant_method") == "compressed-tensors" or bool(quantization.get("config_groups"))
 
 
 def find_layers(
@@ -311,8 +327,10 @@ class Schemes:
         self.where = where
         self.groups: list[tuple[tuple[str, ...], Scheme]] = []
         self.ignore: tuple[str, ...] = tuple(quantization.get("ignore") or ())
-        if "config_groups" in quantization:
-            for name, group in quantization["config_groups"].items():
+        if groups := quantization.get("config_groups"):
+            if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
+                raise ValueError(f"{where}: config_groups: expected an object of groups, got {groups!r}")
+            for name, group in groups.items():
                 self.groups.append((tuple(group.get("targets") or ()), self._weights(name, group.get("weights") or {})))
         elif "bits" in quantization:
             self.groups.append((("Linear",), self._gptq(quantization)))

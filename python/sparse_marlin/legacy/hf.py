@@ -18,8 +18,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .._shards import headers
 from ..checkpoint import install_layers
 from ..hf import SparseMarlinHfQuantizer, attach, finish_loading, resolve_names
-from .formats import MARLIN_24, detect, find_layers, is_compressed_tensors, is_gptq_marlin_24
-from .layouts import NAMES, ORIGINAL, import_marlin_24, scales_are_permuted, unpermute_scales
+from .formats import MARLIN_24, SAVED, detect, find_layers, is_compressed_tensors, is_gptq_marlin_24, open_source
+from .layouts import COMPRESSED_TENSORS, GPTQ, NAMES, ORIGINAL, import_marlin_24, scales_are_permuted, unpermute_scales
 
 # A name of our own for the original project's tensors, which come without a config.
 ORIGINAL_METHOD = "marlin_24_original"
@@ -91,6 +91,26 @@ class Marlin24HfQuantizer(SparseMarlinHfQuantizer):
         return model
 
 
+def config_for_transformers(folder: Path) -> dict[str, Any] | None:
+    """Whether transformers opens a folder as it is: an empty dictionary; with the `quantization_config` given here,
+    because the files say it elsewhere or not at all; or not: None, for formats that have to be imported."""
+    with open_source(folder) as source:
+        if source.kind == SAVED:
+            return {}
+        safetensors = all(info.path.suffix == ".safetensors" for info in source.files.infos.values())
+        if source.kind != MARLIN_24 or not safetensors:
+            return None
+        if isinstance(source.config.get("quantization_config"), Mapping):
+            return {}
+        if source.quantization:
+            return source.quantization
+        return {
+            GPTQ: {"quant_method": "gptq", "checkpoint_format": "marlin_24"},
+            COMPRESSED_TENSORS: {"quant_method": "compressed-tensors", "format": MARLIN_24},
+            ORIGINAL: {"quant_method": ORIGINAL_METHOD},
+        }[source.naming]
+
+
 _made: dict[str, Any] = {}
 
 
@@ -110,7 +130,7 @@ def _operations() -> dict[str, Any]:
         def __init__(self, naming: str, codes: str, meta: str) -> None:
             self.naming, self.codes, self.meta = naming, codes, meta
 
-        def convert(self, input_dict: Any, full_layer_name: str = "", **_: Any) -> dict[str, Any]:
+        def convert(self, input_dict: Any, *_: Any, full_layer_name: str = "", **__: Any) -> dict[str, Any]:
             codes, meta = _one(input_dict[self.codes]), _one(input_dict[self.meta])
             size_n = meta.shape[0] if self.naming == ORIGINAL else meta.shape[1] // 2
             scales = torch.ones((1, size_n), dtype=torch.float16, device=codes.device)  # they come by themselves
@@ -127,7 +147,9 @@ def _operations() -> dict[str, Any]:
         def __init__(self, naming: str) -> None:
             self.naming = naming
 
-        def convert(self, input_dict: Any, full_layer_name: str = "", model: Any = None, **_: Any) -> dict[str, Any]:
+        def convert(
+            self, input_dict: Any, *_: Any, full_layer_name: str = "", model: Any = None, **__: Any
+        ) -> dict[str, Any]:
             scales = _one(next(iter(input_dict.values())))
             layer = model.get_submodule(full_layer_name.removesuffix(".scales"))
             if scales_are_permuted(layer.in_features, scales.shape[0], self.naming):
@@ -149,7 +171,7 @@ def _one(tensors: Any) -> torch.Tensor:
 def _looking_at(base: Any, is_ours: Callable[[Mapping[str, Any]], bool]) -> Any:
     """A config class that stands in for `base` in transformers' table and makes `base` for all configs but ours."""
 
-    class Dispatching(base):  # type: ignore[misc]
+    class Dispatching(base):
         sparse_marlin_dispatch = True
 
         @classmethod
