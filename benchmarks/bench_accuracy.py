@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 import sparse_marlin
 from sparse_marlin import SparseMarlinLinear
 from sparse_marlin.compress import compress
+from sparse_marlin.compress.layerwise import DEFAULT_DAMPING
 from sparse_marlin.demo import device_name
 from sparse_marlin.evaluate import PERPLEXITY_PROTOCOL, perplexity
 from sparse_marlin.model import load_model, read_text
@@ -38,6 +39,7 @@ from sparse_marlin.testing.baselines import gptq_int4, old_recipe, sparsegpt_24
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RANK = 64
+PUBLISHED_DAMPING = 0.01  # of the methods of others
 # Row: (what `compress` is given, rank, whether the seed matters)
 ROWS: dict[str, tuple[Any, int, bool]] = {
     "dense": (None, 0, False),
@@ -93,6 +95,7 @@ def main() -> None:
                     num_sequences=options.num_sequences,
                     seq_len=options.seq_len,
                     seed=seed,
+                    damping=options.damping if isinstance(method, str) else PUBLISHED_DAMPING,
                     progress=options.progress,
                 )
                 entry["seconds"], entry["cpu_seconds"] = time.perf_counter() - start, time.process_time() - used
@@ -168,6 +171,7 @@ def about(options: argparse.Namespace, device: torch.device, calibration: str, e
         "python": platform.python_version(),
         "sparse_marlin": sparse_marlin.__version__,
         "group_size": options.group_size,
+        "damping": options.damping,
         "calibration": {
             "text": Path(calibration).name,
             "sequences": options.num_sequences,
@@ -224,6 +228,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-sequences", type=int, default=256)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--damping", type=float, default=DEFAULT_DAMPING, help="of our own methods")
     parser.add_argument("--eval-seq-len", type=int, default=512)
     parser.add_argument("--eval-tokens", type=int, default=65536)
     parser.add_argument("--threads", type=int)

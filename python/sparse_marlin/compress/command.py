@@ -26,6 +26,7 @@ from ..report import ConversionReport
 from .calibration import calibration_texts
 from .card import model_card
 from .driver import compress
+from .layerwise import DEFAULT_DAMPING
 from .masks import NONZERO
 from .solvers import DEFAULT_QUALITY, solver
 
@@ -53,6 +54,7 @@ class CompressOptions:
     num_sequences: int | None = None
     seq_len: int | None = None
     seed: int = 0
+    damping: float = DEFAULT_DAMPING
     device: torch.device | None = None
     dtype: torch.dtype | None = None
     eval_text: Path | None = None
@@ -160,6 +162,7 @@ def run_compress(
         num_sequences=options.num_sequences,
         seq_len=options.seq_len,
         seed=options.seed,
+        damping=options.damping,
         device=device,
         scale_dtype=saved_dtype,
         state=state,

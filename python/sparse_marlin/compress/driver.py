@@ -16,7 +16,7 @@ from ..replace import DEFAULT_IGNORE, Replacement, Selection, install, select
 from ..report import ConversionReport
 from .blocks import Block, block_inputs, find_blocks
 from .calibration import Calibration, calibration_tokens
-from .layerwise import FALLBACKS, BlockRun, Settings
+from .layerwise import DEFAULT_DAMPING, FALLBACKS, BlockRun, Settings
 from .masks import Masks, resolve_masks
 from .solvers import DEFAULT_QUALITY, Solver, solver
 from .state import Fingerprint, State
@@ -44,6 +44,7 @@ def compress(
     num_sequences: int | None = None,
     seq_len: int | None = None,
     seed: int = 0,
+    damping: float = DEFAULT_DAMPING,
     scale_dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     state: str | os.PathLike[str] | None = None,
@@ -67,6 +68,8 @@ def compress(
             in a dense layer: no bytes are saved here, it shows what a dense INT4 kernel would give.
         num_sequences, seq_len: of the calibration; default 256 of 2048 tokens on a GPU, 128 of 256 on a CPU.
         seed: draws the sequences where there are more.
+        damping: share of the mean diagonal of H that is added to it. The literature's 0.01 is best on text like the
+            calibration text; more gives a little of that away and gains more on other text (docs/ACCURACY.md).
         scale_dtype: what scales and corrections are rounded to, for a model that will be saved in that dtype; default:
             the dtype of the weights.
         device: where the arithmetic runs, block by block; default: where the model is.
@@ -80,7 +83,7 @@ def compress(
         ValueError, TypeError: bad settings, a model without linears to convert or with compressed ones, too little
             calibration text, NaN or infinity in weights or activations (with the layer's name). The model is as it was.
     """
-    settings = _settings(quality, group_size, num_bits, rank, max_error, fallback, scale_dtype)
+    settings = _settings(quality, group_size, num_bits, rank, max_error, fallback, scale_dtype, damping)
     selection = _select(model, ignore, settings)
     place = torch.device(device) if device is not None else next(model.parameters()).device
     kind = "cpu" if place.type == "cpu" else "cuda"
@@ -132,7 +135,10 @@ def _settings(
     max_error: float | None,
     fallback: str,
     scale_dtype: torch.dtype | None,
+    damping: float,
 ) -> Settings:
+    if not 0 < damping < 10:
+        raise ValueError(f"compress: damping: expected a share between 0 and 10, got {damping}")
     if scale_dtype is not None and scale_dtype not in SCALE_DTYPES:
         raise TypeError(f"compress: scale_dtype: expected float32, float16 or bfloat16, got {scale_dtype}")
     if fallback not in FALLBACKS:
@@ -143,7 +149,7 @@ def _settings(
         raise ValueError(f"compress: max_error: expected a number > 0, got {max_error}")
     name = quality if isinstance(quality, str) else getattr(quality, "__name__", type(quality).__name__)
     solve = solver(quality) if isinstance(quality, str) else quality
-    return Settings(name, solve, group_size, num_bits, rank, max_error, fallback, scale_dtype)
+    return Settings(name, solve, group_size, num_bits, rank, max_error, fallback, scale_dtype, damping)
 
 
 def _select(model: nn.Module, ignore: str | Iterable[str], settings: Settings) -> Selection:
@@ -192,4 +198,5 @@ def _described(settings: Settings) -> dict[str, Any]:
         "max_error": settings.max_error,
         "fallback": settings.fallback,
         "scale_dtype": str(settings.scale_dtype),
+        "damping": settings.damping,
     }

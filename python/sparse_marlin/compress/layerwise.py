@@ -30,6 +30,9 @@ from .state import State, dense_twin
 from .sweep import joint_sweep
 
 FALLBACKS = ("dense", "int4")
+# Measured on a block of SmolLM2-135M: against 0.01, 3 % more squared output error on text of the calibrated kind and
+# 10 % less on other text.
+DEFAULT_DAMPING = 0.2
 _TURNS = 2  # of codes and correction
 _KEEP_ON_DEVICE_BYTES = 4_000_000_000  # of hidden states; more are kept in host memory
 
@@ -45,7 +48,8 @@ class Settings:
     rank: int
     max_error: float | None
     fallback: str
-    scale_dtype: torch.dtype | None = None  # None: the weight's
+    scale_dtype: torch.dtype | None  # None: the weight's
+    damping: float
 
     @property
     def method(self) -> str:
@@ -144,7 +148,7 @@ class BlockRun:
                 bars.step()
         finally:
             hook.remove()
-        return Hessian(sums.finish()) if sums.tokens or group.calls else None
+        return Hessian(sums.finish(), self.settings.damping) if sums.tokens or group.calls else None
 
     def _alike(self, linears: list[Candidate]) -> list[list[Candidate]]:
         """Linears that one problem can hold: of one dtype, all with a fixed pattern or none."""
