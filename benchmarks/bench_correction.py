@@ -45,7 +45,7 @@ def main() -> None:
             assert (first(x).float() - wanted).norm() / wanted.norm() < 5e-3
             with torch.inference_mode():
                 times = {
-                    rank: statistics.median(graph_us(lambda i, of=of: of[i % len(of)](x), 4 * len(of)))
+                    rank: statistics.median(graph_us(lambda i, of=of, x=x: of[i % len(of)](x), 4 * len(of)))
                     for rank, of in layers.items()
                 }
             plain, corrected = times[0], times[options.rank]
