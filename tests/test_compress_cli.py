@@ -89,6 +89,7 @@ def test_overwrite_replaces_the_folder_at_the_end(model_folder, text_file, tmp_p
     assert done.exit_code == 0, done.output
     assert not (out / "old").exists()
     assert "saved and verified" in done.stdout
+    assert "warning: compress: calibration: expected at least 128 sequences" in done.stderr
     assert "perplexity of" in done.stdout
 
 

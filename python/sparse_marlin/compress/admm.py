@@ -35,10 +35,11 @@ class _Normalized:
         self.root = problem.hessian.diagonal.sqrt()[:, None]  # [K, 1]
         self.matrix = problem.hessian.damped / (self.root * self.root.t())
         self.target = problem.target * self.root
-        self._eye = torch.eye(len(self.matrix), dtype=self.matrix.dtype, device=self.matrix.device)
 
     def inverse(self, rho: float) -> torch.Tensor:
-        return torch.cholesky_inverse(torch.linalg.cholesky(self.matrix + rho * self._eye))
+        shifted = self.matrix.clone()
+        shifted.diagonal().add_(rho)
+        return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
 
 
 def sparse_weights(problem: Problem, *, draft: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from .._extension import _core
@@ -147,31 +150,32 @@ def run_compress(
         shutil.rmtree(state, ignore_errors=True)
     if state.exists():
         say(f"Continuing from {state}")
-    report = compress(
-        loaded.model,
-        texts,
-        tokenizer=loaded.tokenizer,
-        quality=options.quality,
-        group_size=options.group_size,
-        num_bits=options.num_bits,
-        rank=options.rank,
-        ignore=options.ignore,
-        masks=_masks(options),
-        max_error=options.max_error,
-        fallback=options.fallback,
-        num_sequences=options.num_sequences,
-        seq_len=options.seq_len,
-        seed=options.seed,
-        damping=options.damping,
-        device=device,
-        scale_dtype=saved_dtype,
-        state=state,
-        progress=progress,
-    )
+    with _said(say):
+        report = compress(
+            loaded.model,
+            texts,
+            tokenizer=loaded.tokenizer,
+            quality=options.quality,
+            group_size=options.group_size,
+            num_bits=options.num_bits,
+            rank=options.rank,
+            ignore=options.ignore,
+            masks=_masks(options),
+            max_error=options.max_error,
+            fallback=options.fallback,
+            num_sequences=options.num_sequences,
+            seq_len=options.seq_len,
+            seed=options.seed,
+            damping=options.damping,
+            device=device,
+            scale_dtype=saved_dtype,
+            state=state,
+            progress=progress,
+        )
     lap("compress")
     say("Saving")
     loaded.model.to(saved_dtype)
-    with quiet_transformers():
+    with quiet_transformers(), _disk_errors(options.out):
         save_checkpoint(
             loaded.model,
             options.out,
@@ -213,6 +217,24 @@ def render(result: CompressResult) -> str:
         f"({result.seconds['compress']:.0f} s to compress)",
     ]
     return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    """safetensors has an error class of its own for a disk that is full."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{out}: could not be written: {error}; free disk space and run again") from error
+
+
+@contextlib.contextmanager
+def _said(say: Callable[[str], None]) -> Iterator[None]:
+    """Warnings as lines of the command, not as Python shows them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", "compress:")
+        warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+        yield
 
 
 def _check_out(options: CompressOptions) -> None:

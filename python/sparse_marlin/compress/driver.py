@@ -102,9 +102,11 @@ def compress(
     results: dict[str, Replacement | str] = dict(made)
     batches = list(tokens.split(max(1, _BATCH_TOKENS[kind] // tokens.shape[1])))
     run = BlockRun(settings, patterns, place, State(state))
-    fingerprint = Fingerprint({**_described(settings), "masks": sorted(patterns)})
-    fingerprint.add([("tokens", tokens), *((f"mask {name}", mask) for name, mask in sorted(patterns.items()))])
-    fingerprint.add(_outside(model, blocks))
+    fingerprint = None
+    if state is not None:
+        fingerprint = Fingerprint({**_described(settings), "masks": sorted(patterns)})
+        fingerprint.add([("tokens", tokens), *((f"mask {name}", mask) for name, mask in sorted(patterns.items()))])
+        fingerprint.add(_outside(model, blocks))
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -112,7 +114,9 @@ def compress(
         hidden = run.store(hidden)
         with two_bars("Blocks", len(blocks), progress) as bars:
             for index, block in enumerate(blocks):
-                mark = fingerprint.add((f"{block.name}.{name}", t) for name, t in block.module.state_dict().items())
+                mark = ""
+                if fingerprint is not None:
+                    mark = fingerprint.add((f"{block.name}.{name}", t) for name, t in block.module.state_dict().items())
                 last = index == len(blocks) - 1
                 results.update(run.block(index, block, hidden, calls[index], mark, bars, propagate=not last))
                 calls[index] = []
