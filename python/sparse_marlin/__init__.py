@@ -7,6 +7,7 @@
 from . import _extension, _hf_hook, legacy, parallel, sharded_loading, tgi  # noqa: F401
 from ._version import __version__
 from .checkpoint import from_pretrained, load_checkpoint, save_checkpoint
+from .compress import compress
 from .info import info
 from .linear import SparseMarlinLinear
 from .ops import pack_24_weights, sparse_marlin_gemm, unpack_24_weights
@@ -19,6 +20,7 @@ __all__ = [
     "ConversionReport",
     "SparseMarlinLinear",
     "__version__",
+    "compress",
     "from_pretrained",
     "info",
     "legacy",

@@ -327,6 +327,78 @@ def export(
 
 @app.command()
 @_one_line_errors
+def compress(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Model directory, .gguf file or hub name.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the compressed model.")],
+    calibration: Annotated[str, typer.Option(help="Text file, or name of a dataset.")],
+    quality: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, alps or joint (best).")] = "joint",
+    group_size: GroupSize = 128,
+    num_bits: NumBits = 4,
+    rank: Annotated[int, typer.Option(min=0, help="Rank of the low-rank correction of each layer; 0: none.")] = 0,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="What stays dense; may be repeated [default: lm_head].")
+    ] = None,
+    masks: Annotated[Path | None, typer.Option(help="A .safetensors file of fixed 2:4 masks.")] = None,
+    keep_pattern: Annotated[bool, typer.Option("--keep-pattern", help="Keep the 2:4 pattern of the weights.")] = False,
+    max_error: Annotated[float | None, typer.Option(help="Output error over which a layer is not compressed.")] = None,
+    fallback: Annotated[str, typer.Option(help="What such a layer becomes: dense or int4 (rounded, dense).")] = "dense",
+    num_sequences: Annotated[int | None, typer.Option(min=1, help="Default: 256, on a CPU 128.")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Of calibration. Default: 2048, on a CPU 256.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the calibration sequences.")] = 0,
+    damping: Annotated[float, typer.Option(help="Share of the Hessian's mean diagonal added to it.")] = 0.05,
+    eval_text: Annotated[Path | None, typer.Option(help="Default: the last tenth of the calibration text.")] = None,
+    eval_seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a perplexity window.")] = 512,
+    eval_tokens: Annotated[int | None, typer.Option(min=2, help="Default: 65536, on a CPU 8192.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue at the end.")] = None,
+    device: Device = None,
+    dtype: Annotated[DType | None, typer.Option("--dtype", help="What is saved; default: as SRC, or bfloat16.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Do not continue an interrupted run.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a model to 2:4-sparse codes, calibrated on text, and say what it lost.
+
+    Interrupted runs continue when called again; finished layers are kept in OUT.unfinished until then."""
+    from .compress.command import PROMPT, CompressOptions, render, run_compress
+
+    result = run_compress(
+        CompressOptions(
+            source=source,
+            out=out,
+            calibration=calibration,
+            quality=quality,
+            group_size=group_size,
+            num_bits=num_bits,
+            rank=rank,
+            ignore=tuple(ignore) if ignore else ("lm_head",),
+            masks=masks,
+            keep_pattern=keep_pattern,
+            max_error=max_error,
+            fallback=fallback,
+            num_sequences=num_sequences,
+            seq_len=seq_len,
+            seed=seed,
+            damping=damping,
+            device=_device(device),
+            dtype=_dtype(dtype),
+            eval_text=eval_text,
+            eval_seq_len=eval_seq_len,
+            eval_tokens=eval_tokens,
+            prompt=PROMPT if prompt is None else prompt,
+            overwrite=overwrite,
+            restart=restart,
+        ),
+        say=_say,
+        progress=True,
+    )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        typer.echo(render(result))
+
+
+@app.command()
+@_one_line_errors
 def inspect(
     path: Annotated[
         str,

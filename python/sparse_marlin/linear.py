@@ -1,4 +1,5 @@
-"""SparseMarlinLinear: a linear layer whose weight is stored as 2:4-sparse codes and multiplied straight from them.
+"""SparseMarlinLinear: a linear layer whose weight is stored as 2:4-sparse codes and multiplied straight from them,
+optionally with a low-rank correction beside it.
 
 The layer holds the packed bytes and the scales as buffers; what the bytes mean is the operators' business, so no size
 of the packed format appears here (shapes are asked of `_core`). TorchScript reads the annotations of this class, so
@@ -20,17 +21,24 @@ class SparseMarlinLinear(nn.Module):
     Buffers: `weight_packed` (int32) and `scales` [G, out_features], one scale for every `group_size` input features
     (-1: one for a whole row). `.to(dtype)` moves the scales and the bias, never the codes. The weight is frozen;
     gradients reach the input and the bias. A fresh layer has codes 0 and scales 1.
+
+    With `rank` > 0 the layer adds `correction_up @ (correction_down @ x)`: two small dense factors, buffers
+    [out_features, rank] and [rank, in_features] in the dtype of the scales, that make good some of what pruning and
+    rounding lost (`sparse_marlin.compress` finds them). They are buffers, frozen like the weight.
     """
 
-    __constants__: ClassVar[list[str]] = ["in_features", "out_features", "group_size", "num_bits"]
+    __constants__: ClassVar[list[str]] = ["in_features", "out_features", "group_size", "num_bits", "rank"]
     _version = _core.FORMAT_VERSION  # nn.Module writes it to the metadata of every state_dict
 
     in_features: int
     out_features: int
     group_size: int
     num_bits: int
+    rank: int
     weight_packed: torch.Tensor
     scales: torch.Tensor
+    correction_up: torch.Tensor | None
+    correction_down: torch.Tensor | None
 
     def __init__(
         self,
@@ -40,6 +48,7 @@ class SparseMarlinLinear(nn.Module):
         *,
         group_size: int = 128,
         num_bits: int = 4,
+        rank: int = 0,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -50,12 +59,20 @@ class SparseMarlinLinear(nn.Module):
             raise TypeError(
                 f"{type(self).__name__}: dtype: expected torch.float32, torch.float16 or torch.bfloat16, got {dtype}"
             )
+        if rank < 0:
+            raise ValueError(f"{type(self).__name__}: rank: expected 0 (no correction) or more, got {rank}")
         self.in_features, self.out_features = int(in_features), int(out_features)
-        self.group_size, self.num_bits = int(group_size), int(num_bits)
+        self.group_size, self.num_bits, self.rank = int(group_size), int(num_bits), int(rank)
         packed_shape = tuple(_core.packed_shape(self.out_features, self.in_features, self.num_bits))
         scales_shape = tuple(_core.scales_shape(self.out_features, self.in_features, self.group_size))
         self.register_buffer("weight_packed", torch.empty(packed_shape, dtype=torch.int32, device=device))
         self.register_buffer("scales", torch.empty(scales_shape, dtype=dtype, device=device))
+        up, down = None, None
+        if self.rank:
+            up = torch.empty((self.out_features, self.rank), dtype=dtype, device=device)
+            down = torch.empty((self.rank, self.in_features), dtype=dtype, device=device)
+        self.register_buffer("correction_up", up)
+        self.register_buffer("correction_down", down)
         if bias:
             self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device))
         else:
@@ -63,8 +80,8 @@ class SparseMarlinLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Codes 0, scales 1, bias 0: a valid layer, also after `to_empty()`. On the meta device there is nothing to
-        do."""
+        """Codes 0, scales 1, bias and correction 0: a valid layer, also after `to_empty()`. On the meta device there is
+        nothing to do."""
         if self.weight_packed.is_meta:
             return
         with torch.no_grad():
@@ -73,8 +90,9 @@ class SparseMarlinLinear(nn.Module):
             self.weight_packed.copy_(
                 torch.ops.sparse_marlin.pack_24_weights(zeros, self.scales, self.group_size, self.num_bits)
             )
-            if self.bias is not None:
-                self.bias.zero_()
+            for tensor in (self.bias, self.correction_up, self.correction_down):
+                if tensor is not None:
+                    tensor.zero_()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # The packed tensor knows K only up to its padding, so a wrong K can look right to the operator.
@@ -82,9 +100,14 @@ class SparseMarlinLinear(nn.Module):
             raise ValueError(
                 f"SparseMarlinLinear: x: expected [..., {self.in_features}] (in_features), got {list(x.shape)}"
             )
-        return torch.ops.sparse_marlin.sparse_marlin_gemm(
+        out = torch.ops.sparse_marlin.sparse_marlin_gemm(
             x, self.weight_packed, self.scales, self.group_size, self.num_bits, self.bias
         )
+        up, down = self.correction_up, self.correction_down
+        if up is not None and down is not None:
+            low = torch.nn.functional.linear(x, down).reshape(-1, self.rank)
+            out.view(-1, self.out_features).addmm_(low.to(out.dtype), up.to(out.dtype).t())  # in place: no copy of out
+        return out
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, group_size: int = 128, num_bits: int = 4) -> "SparseMarlinLinear":
@@ -114,8 +137,10 @@ class SparseMarlinLinear(nn.Module):
         *,
         group_size: int = 128,
         num_bits: int = 4,
+        correction: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> "SparseMarlinLinear":
-        """A layer from signed codes int8 [N, K], 2:4 along K, and scales [G, N]."""
+        """A layer from signed codes int8 [N, K], 2:4 along K, and scales [G, N]; `correction` is (up [N, rank],
+        down [rank, K])."""
         name = f"{cls.__name__}.from_codes"
         if codes.dim() != 2 or codes.dtype != torch.int8:
             raise TypeError(f"{name}: codes: expected int8 [N, K], got {codes.dtype} {list(codes.shape)}")
@@ -129,7 +154,10 @@ class SparseMarlinLinear(nn.Module):
             )
         if bias is not None and list(bias.shape) != [size_n]:
             raise ValueError(f"{name}: bias: expected [{size_n}], got {list(bias.shape)}")
-        return cls._from_quantized(QuantizedWeight(codes, scales, group_size, num_bits), bias)
+        layer = cls._from_quantized(QuantizedWeight(codes, scales, group_size, num_bits), bias)
+        if correction is not None:
+            layer._set_correction(name, *correction)
+        return layer
 
     @classmethod
     def _from_quantized(cls, quantized: QuantizedWeight, bias: torch.Tensor | None) -> "SparseMarlinLinear":
@@ -153,6 +181,18 @@ class SparseMarlinLinear(nn.Module):
             layer.bias = nn.Parameter(moved, requires_grad=bias.requires_grad)
         return layer
 
+    def _set_correction(self, name: str, up: torch.Tensor, down: torch.Tensor) -> None:
+        rank = up.shape[-1]
+        if up.dim() != 2 or list(up.shape) != [self.out_features, rank] or list(down.shape) != [rank, self.in_features]:
+            raise ValueError(
+                f"{name}: correction: expected ([{self.out_features}, rank], [rank, {self.in_features}]), "
+                f"got ({list(up.shape)}, {list(down.shape)})"
+            )
+        self.rank = rank
+        place = {"device": self.scales.device, "dtype": self.scales.dtype}
+        self.correction_up = up.detach().to(**place, copy=True).contiguous()  # type: ignore[call-overload]
+        self.correction_down = down.detach().to(**place, copy=True).contiguous()  # type: ignore[call-overload]
+
     def codes(self) -> torch.Tensor:
         """The signed codes, int8 [out_features, in_features]."""
         return torch.ops.sparse_marlin.unpack_24_weights(
@@ -160,13 +200,17 @@ class SparseMarlinLinear(nn.Module):
         )
 
     def dequantize(self) -> torch.Tensor:
-        """The weight [out_features, in_features] in the dtype of the scales."""
+        """The weight [out_features, in_features] that the codes stand for, in the dtype of the scales; a low-rank
+        correction is not in it."""
         return dequantize_codes(self.codes(), self.scales, self.group_size)
 
     def to_linear(self) -> nn.Linear:
-        """The dense twin: an nn.Linear with the dequantized weight."""
+        """The dense twin: an nn.Linear with the dequantized weight, the correction added to it."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.dequantize(), requires_grad=False)
+        weight = self.dequantize()
+        if self.correction_up is not None and self.correction_down is not None:
+            weight = (weight.float() + self.correction_up.float() @ self.correction_down.float()).to(weight.dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
@@ -174,7 +218,7 @@ class SparseMarlinLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"group_size={self.group_size}, num_bits={self.num_bits}"
+            f"group_size={self.group_size}, num_bits={self.num_bits}" + (f", rank={self.rank}" if self.rank else "")
         )
 
     def _load_from_state_dict(
@@ -224,6 +268,23 @@ class SparseMarlinLinear(nn.Module):
             )
         if scales is not None and not scales.is_meta and not bool((torch.isfinite(scales) & (scales > 0)).all()):
             return "scales: expected finite values > 0, got NaN, infinity, zero or less; the checkpoint is damaged"
+        return self._correction_problem(state_dict, prefix)
+
+    def _correction_problem(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        for name in ("correction_up", "correction_down"):
+            mine, given = getattr(self, name), state_dict.get(prefix + name)
+            if given is None:
+                continue
+            if mine is None:
+                rank = given.shape[1 if name == "correction_up" else 0]
+                return f"{name}: expected none, since rank=0, got {list(given.shape)}; make the layer with rank={rank}"
+            if given.dtype not in SCALE_DTYPES or given.shape != mine.shape:
+                return (
+                    f"{name}: expected a floating type {list(mine.shape)} for rank={self.rank}, "
+                    f"got {str(given.dtype).removeprefix('torch.')} {list(given.shape)}"
+                )
+            if not given.is_meta and not bool(torch.isfinite(given).all()):
+                return f"{name}: expected finite values, got NaN or infinity; the checkpoint is damaged"
         return None
 
 

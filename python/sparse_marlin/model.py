@@ -85,7 +85,7 @@ def load_model(
     dtype = dtype or default_dtype(device)
     if device.type == "cuda" and dtype == torch.float32:
         raise ValueError("load_model: dtype: expected float16 or bfloat16 on a GPU, got float32; pass --dtype bfloat16")
-    with _quiet_transformers():
+    with quiet_transformers():
         transformers = _import_transformers()
         path, options = _resolve(source)
         config_options: dict[str, Any] = {}
@@ -125,7 +125,7 @@ def is_packed(path: str) -> bool:
 
 def meta_model(source: str) -> nn.Module:
     """The model of a directory or hub name with its shapes but without its weights."""
-    with _quiet_transformers():
+    with quiet_transformers():
         transformers = _import_transformers()
         path, options = _resolve(source)
         try:
@@ -135,6 +135,21 @@ def meta_model(source: str) -> nn.Module:
         except (OSError, KeyError, ImportError, ValueError) as error:
             raise RuntimeError(_why_not_loaded(source, error)) from error
     return model
+
+
+def stored_dtype(source: str) -> torch.dtype | None:
+    """The dtype that a model directory or hub name says its weights are in; None where it says none."""
+    with quiet_transformers():
+        transformers = _import_transformers()
+        path, options = _resolve(source)
+        if "gguf_file" in options:
+            return None
+        try:
+            config = transformers.AutoConfig.from_pretrained(path, **options)
+        except (OSError, KeyError, ImportError, ValueError) as error:
+            raise RuntimeError(_why_not_loaded(source, error)) from error
+    found = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)  # transformers 5, and before
+    return found if isinstance(found, torch.dtype) else None
 
 
 def default_text() -> tuple[str, str]:
@@ -264,7 +279,7 @@ def _import_transformers() -> Any:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """transformers writes bars and advice to stderr while it loads; the command line has its own."""
     try:
         from transformers.utils import logging

@@ -7,6 +7,7 @@ This is the seam for better methods: whoever has a `QuantizedWeight` can make a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,24 +65,27 @@ def dequantize_codes(codes: torch.Tensor, scales: torch.Tensor, group_size: int)
 
 
 def prune_24_magnitude(weight: torch.Tensor) -> torch.Tensor:
-    """Mask, True where a weight stays: the two largest |w| of every four along K; of equal ones the lower index.
-
-    Ranks come from the six comparisons of a quad, so that the CPU and a GPU choose the same positions (a sort need
-    not).
-    """
+    """Mask, True where a weight stays: the two largest |w| of every four along K; of equal ones the lower index."""
     if weight.dim() != 2 or weight.shape[1] % QUAD:
         raise ValueError(
             f"prune_24_magnitude: weight: expected 2 dimensions with K divisible by {QUAD}, "
             f"got shape {list(weight.shape)}"
         )
-    quads = weight.detach().abs().unflatten(1, (-1, QUAD)).unbind(-1)
-    beaten_by: list[torch.Tensor] = [torch.zeros_like(quads[0], dtype=torch.int8) for _ in range(QUAD)]
+    return keep_largest(weight.detach().abs().unflatten(1, (-1, QUAD)).unbind(-1), dim=-1).flatten(1)
+
+
+def keep_largest(scores: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """Mask of the two largest of four tensors, stacked along `dim`; of equal ones the lower index.
+
+    One stays that wins two of its three comparisons, so the CPU and a GPU choose the same positions (a sort need not).
+    """
+    wins: list[list[torch.Tensor]] = [[] for _ in range(QUAD)]
     for i in range(QUAD):
         for j in range(i + 1, QUAD):
-            first_wins = quads[i] >= quads[j]
-            beaten_by[j] += first_wins
-            beaten_by[i] += ~first_wins
-    return torch.stack([rank < KEPT_PER_QUAD for rank in beaten_by], dim=-1).flatten(1)
+            first_wins = scores[i] >= scores[j]
+            wins[i].append(first_wins)
+            wins[j].append(~first_wins)
+    return torch.stack([(a & b) | (c & (a | b)) for a, b, c in wins], dim=dim)
 
 
 def quantize(
@@ -191,10 +195,10 @@ def _best_scales(values: torch.Tensor, num_bits: int, dtype: torch.dtype) -> tor
     low, high = code_range(num_bits)
     absmax = values.abs().amax(dim=-1)
     unclipped = absmax / high
-    best = _storable(unclipped, dtype)
+    best = storable_scale(unclipped, dtype)
     least = torch.full_like(absmax, torch.inf)
     for fraction in torch.linspace(*_SHRINK[num_bits]).tolist():
-        scale = _storable(unclipped * fraction, dtype)
+        scale = storable_scale(unclipped * fraction, dtype)
         error = _error(values, scale, low, high)
         better = error < least
         best, least = torch.where(better, scale, best), torch.where(better, error, least)
@@ -202,7 +206,7 @@ def _best_scales(values: torch.Tensor, num_bits: int, dtype: torch.dtype) -> tor
         codes = torch.round(values / best.float().unsqueeze(-1)).clamp_(low, high)
         energy = codes.square().sum(-1)
         refit = torch.where(energy > 0, (codes * values).sum(-1) / energy.clamp_min(1), best.float())
-        scale = _storable(refit, dtype)
+        scale = storable_scale(refit, dtype)
         error = _error(values, scale, low, high)
         better = error < least
         best, least = torch.where(better, scale, best), torch.where(better, error, least)
@@ -215,7 +219,7 @@ def _error(values: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> to
     return torch.linalg.vecdot(left, left)
 
 
-def _storable(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def storable_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`scale` rounded to `dtype`, held inside its positive finite values.
 
     float16 reaches down to its smallest subnormal, which hardware multiplies at full speed; float32 and bfloat16 stop

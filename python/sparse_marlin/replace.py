@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -48,6 +48,12 @@ class Candidate:
     @property
     def nbytes(self) -> int:
         return module_bytes(self.module)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight [out_features, in_features] of a dense layer, detached."""
+        assert isinstance(self.module, nn.Linear)
+        return self.module.weight.detach()
 
 
 def module_bytes(module: nn.Module) -> int:
@@ -97,40 +103,87 @@ def convert_linears(
 ) -> ConversionReport:
     """Replace every qualifying linear of `model` by the layer made of `quantize_layer`'s codes. In place, all or
     nothing."""
-    entries = _ignore_entries(ignore)
-    candidates = survey(model, entries)
-    chosen = [candidate for candidate in candidates if candidate.reason is None]
-    if not chosen:
-        raise ValueError(f"replace_linears: model: expected a linear layer to convert, got {_why_none(candidates)}")
-    # One probe on the meta device, so that a wrong group_size or num_bits fails before any work is done.
-    SparseMarlinLinear(QUAD, 1, group_size=group_size, num_bits=num_bits, device="meta")
-    made: dict[str, tuple[SparseMarlinLinear, float]] = {}
-    for candidate in tracked(chosen, "Converting linears", progress):
+    selection = select(model, ignore, group_size=group_size, num_bits=num_bits)
+    made: dict[str, Replacement | str] = {}
+    for candidate in tracked(selection.chosen, "Converting linears", progress):
         made[candidate.name] = _convert(candidate, quantize_layer)
+    return install(model, selection, made, method=method)
+
+
+@dataclass
+class Selection:
+    """The linears of a model, those to convert among them, and the settings they are converted with."""
+
+    candidates: list[Candidate]
+    entries: tuple[str, ...]  # of `ignore`
+    group_size: int
+    num_bits: int
+
+    @property
+    def chosen(self) -> list[Candidate]:
+        return [candidate for candidate in self.candidates if candidate.reason is None]
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What comes in the place of a linear, with its errors for the report. A `reason` says why it is a dense layer
+    after all (with other values than before)."""
+
+    layer: nn.Module
+    relative_error: float
+    output_error: float | None = None
+    reason: str | None = None
+
+
+def select(
+    model: nn.Module,
+    ignore: str | Iterable[str] = DEFAULT_IGNORE,
+    *,
+    group_size: int,
+    num_bits: int,
+    caller: str = "replace_linears",
+) -> Selection:
+    """The linears that a conversion with these settings converts. ValueError if there are none, or if a setting is
+    wrong: before any work is done."""
+    entries = _ignore_entries(ignore)
+    selection = Selection(survey(model, entries), entries, group_size, num_bits)
+    if not selection.chosen:
+        raise ValueError(f"{caller}: model: expected a linear layer to convert, got {_why_none(selection.candidates)}")
+    # One probe on the meta device shows a wrong group_size or num_bits.
+    SparseMarlinLinear(QUAD, 1, group_size=group_size, num_bits=num_bits, device="meta")
+    return selection
+
+
+def install(
+    model: nn.Module, selection: Selection, made: Mapping[str, Replacement | str], *, method: str
+) -> ConversionReport:
+    """Put the replacements in place, all of them, and report. A text instead of a replacement is the reason why that
+    linear stays dense after all."""
     rows = []
-    for candidate in candidates:
-        error: float | None = None
-        after = before = candidate.nbytes
-        if candidate.reason is None:
-            layer, error = made[candidate.name]
-            after = module_bytes(layer)
+    for candidate in selection.candidates:
+        new = made.get(candidate.name, candidate.reason or "not converted")
+        replaced = new if isinstance(new, Replacement) else None
+        reason = replaced.reason if replaced else str(new)
+        before = candidate.nbytes
         rows.append(
             LayerReport(
                 name=candidate.name,
                 shape=candidate.shape,
-                converted=candidate.reason is None,
-                reason=candidate.reason,
-                relative_error=error,
+                converted=reason is None,
+                reason=reason,
+                relative_error=replaced.relative_error if replaced else None,
                 bytes_before=before,
-                bytes_after=after,
+                bytes_after=module_bytes(replaced.layer) if replaced else before,
+                output_error=replaced.output_error if replaced else None,
             )
         )
-    report = ConversionReport(rows, group_size, num_bits, method, _notes(model, entries, chosen))
-    for candidate in chosen:
-        for parent, attribute in candidate.places:
-            parent._modules[attribute] = made[candidate.name][
-                0
-            ]  # what setattr would do, without a hook that could fail
+    notes = _notes(model, selection.entries, selection.chosen)
+    report = ConversionReport(rows, selection.group_size, selection.num_bits, method, notes)
+    for candidate in selection.chosen:
+        replacement = made.get(candidate.name)
+        if isinstance(replacement, Replacement):
+            for parent, attribute in candidate.places:
+                parent._modules[attribute] = replacement.layer  # what setattr would do, without a hook that could fail
     attach_config(model)
     return report
 
@@ -168,7 +221,7 @@ def survey(
     return sorted(found.values(), key=lambda candidate: order[id(candidate.module)])
 
 
-def _convert(candidate: Candidate, quantize_layer: QuantizeLayer) -> tuple[SparseMarlinLinear, float]:
+def _convert(candidate: Candidate, quantize_layer: QuantizeLayer) -> Replacement:
     linear = candidate.module
     assert isinstance(linear, nn.Linear)
     try:
@@ -180,7 +233,7 @@ def _convert(candidate: Candidate, quantize_layer: QuantizeLayer) -> tuple[Spars
             group_size=quantized.group_size,
             num_bits=quantized.num_bits,
         ).train(linear.training)
-        return layer, relative_error(linear.weight, quantized)
+        return Replacement(layer, relative_error(linear.weight, quantized))
     except (ValueError, TypeError, RuntimeError) as error:
         text = str(error)
         if text.startswith(candidate.name + ":"):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _MB = 1e6
+_TEXT_COLUMNS = 3
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class LayerReport:
     relative_error: float | None  # ||W - W^||_F / ||W||_F of a converted layer
     bytes_before: int
     bytes_after: int
+    # ||(W - W^) X||_F / ||W X||_F on the calibration tokens, low-rank correction included; None without calibration
+    output_error: float | None = None
 
     @property
     def kind(self) -> str:
@@ -83,9 +86,16 @@ class ConversionReport:
         errors = [layer.relative_error for layer in self.converted if layer.relative_error is not None]
         return sum(errors) / len(errors) if errors else 0.0
 
+    @property
+    def mean_output_error(self) -> float | None:
+        """Mean error of the outputs of the converted layers; None without calibration."""
+        errors = [layer.output_error for layer in self.converted if layer.output_error is not None]
+        return sum(errors) / len(errors) if errors else None
+
     def worst(self, count: int) -> list[LayerReport]:
-        """The converted layers with the largest relative error, largest first."""
-        return sorted(self.converted, key=lambda layer: -(layer.relative_error or 0.0))[:count]
+        """The converted layers with the largest error, largest first: of the outputs where calibration measured it,
+        else of the weights."""
+        return sorted(self.converted, key=lambda layer: -(layer.output_error or layer.relative_error or 0.0))[:count]
 
     def by_kind(self) -> list[KindSummary]:
         """Converted layers grouped by the last component of their name, in the order of first appearance."""
@@ -124,6 +134,7 @@ class ConversionReport:
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "mean_relative_error": self.mean_error,
+            "mean_output_error": self.mean_output_error,
             "notes": list(self.notes),
             "layers": [{**dataclasses.asdict(layer), "shape": list(layer.shape)} for layer in self.layers],
         }
@@ -138,12 +149,15 @@ class ConversionReport:
             f"{len(self.converted)} of {len(self.layers)} linear layers converted ({self.method}, {self.num_bits}-bit, "
             f"group size {self.group_size}): {self.bytes_before / _MB:.1f} MB -> {self.bytes_after / _MB:.1f} MB "
             f"({ratio:.2f}x smaller), mean relative error {self.mean_error:.4f}"
+            + ("" if self.mean_output_error is None else f", of the outputs {self.mean_output_error:.4f}")
         )
 
     def __str__(self) -> str:
-        header = ("layer", "N x K", "state", "rel. error", "MB before", "MB after")
+        header = ("layer", "N x K", "state", "rel. error", "output error", "MB before", "MB after")
         rows = [header, *(_row(layer) for layer in self.layers)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        if self.mean_output_error is None:
+            rows = [(*row[:4], *row[5:]) for row in rows]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [_aligned(row, widths) for row in rows]
         lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
         return "\n".join([*lines, "", self.totals(), *(f"note: {note}" for note in self.notes)])
@@ -155,15 +169,16 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
         f"{layer.shape[0]} x {layer.shape[1]}",
         "converted" if layer.converted else f"dense: {layer.reason}",
         "" if layer.relative_error is None else f"{layer.relative_error:.4f}",
+        "" if layer.output_error is None else f"{layer.output_error:.4f}",
         f"{layer.bytes_before / _MB:.3f}",
         f"{layer.bytes_after / _MB:.3f}",
     )
 
 
 def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
-    """Text columns to the left, numbers (the last three) to the right."""
+    """Text columns (the first three) to the left, numbers to the right."""
     cells = [
-        cell.rjust(width) if column >= len(row) - 3 else cell.ljust(width)
+        cell.rjust(width) if column >= _TEXT_COLUMNS else cell.ljust(width)
         for column, (cell, width) in enumerate(zip(row, widths, strict=True))
     ]
     return "  ".join(cells).rstrip()

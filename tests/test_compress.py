@@ -1,0 +1,500 @@
+"""compress on whole models: what each layer is calibrated on, atomicity, resumption, masks, fallbacks, bad input."""
+
+import copy
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_marlin import SparseMarlinLinear, compress, replace_linears
+from sparse_marlin.compress import QUALITIES, layerwise
+from sparse_marlin.compress.blocks import find_blocks, shared_inputs
+from sparse_marlin.compress.calibration import calibration_tokens
+from sparse_marlin.compress.solvers import SOLVERS, magnitude
+from sparse_marlin.quantize import prune_24_magnitude
+from sparse_marlin.replace import select
+
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.filterwarnings("ignore:compress. calibration")
+VOCABULARY = 320
+
+
+def llama(device="cpu", dtype=torch.float32, layers=2, **options):
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 100,  # no multiple of any group size
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+    }
+    config = transformers.LlamaConfig(**{**settings, **options})
+    return transformers.LlamaForCausalLM(config).eval().to(device=device, dtype=dtype)
+
+
+def tokens(count=24, length=24, seed=1):
+    return torch.randint(1, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def tensors(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def logits(model, ids):
+    with torch.inference_mode():
+        return model(ids.to(next(model.parameters()).device)).logits.float().cpu()
+
+
+# --- the result -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_better_than_weight_only(device, dtype):
+    if device.type == "cuda" and dtype == torch.float32:
+        pytest.skip("GPU kernels take 16-bit activations")
+    model = llama(device, dtype, initializer_range=0.06)
+    dense = logits(model, tokens(4, seed=2))
+    simple, ours = copy.deepcopy(model), model
+    replace_linears(simple, group_size=32)
+    report = compress(ours, tokens(48), group_size=32)
+    assert len(report.converted) == 14
+    assert [layer.name for layer in report.skipped] == ["lm_head"]
+    assert all(0 < layer.output_error < 1 for layer in report.converted)
+    assert "output error" in str(report)
+    assert next(ours.parameters()).dtype == dtype
+    lost = [float((logits(m, tokens(4, seed=2)) - dense).norm() / dense.norm()) for m in (simple, ours)]
+    assert lost[1] < 0.9 * lost[0]
+
+
+@pytest.mark.parametrize("quality", QUALITIES)
+def test_every_quality_converts_a_model(quality):
+    model = llama()
+    before = tensors(model)
+    report = compress(model, tokens(), quality=quality, group_size=32)
+    assert report.method == quality
+    assert len(report.converted) == 14
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name in before}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in kept.items())  # norms, embeddings, head
+    assert torch.isfinite(logits(model, tokens(2))).all()
+
+
+def test_eight_bits_lose_less_than_four():
+    errors = []
+    for num_bits in (4, 8):
+        report = compress(llama(), tokens(), num_bits=num_bits, group_size=-1)
+        errors.append(report.mean_output_error)
+    assert errors[1] < errors[0]
+
+
+def test_each_layer_is_calibrated_on_what_the_compressed_layers_before_it_produce():
+    """H of every group, against hooks on the finished model: the inputs that the layers really see."""
+    model, ids = llama(), tokens(6)
+    seen = []
+
+    def spy(problem):
+        seen.append(problem.hessian.exact)
+        return magnitude(problem)
+
+    compress(model, ids, quality=spy, group_size=32)
+    wanted, order = {}, []
+
+    def note(name):
+        def hook(_, args):
+            rows = args[0].reshape(-1, args[0].shape[-1])
+            wanted[name] = rows.t() @ rows / len(rows)
+            order.append(name)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, SparseMarlinLinear):
+            module.register_forward_pre_hook(note(name))
+    logits(model, ids)
+    groups = [name for name in order if name.rpartition(".")[2] in ("q_proj", "o_proj", "gate_proj", "down_proj")]
+    assert len(seen) == len(groups) == 8  # four inputs a block: q, k and v share one, gate and up another
+    for name, hessian in zip(groups, seen, strict=True):
+        torch.testing.assert_close(
+            hessian, wanted[name], rtol=2e-3, atol=2e-3 * float(wanted[name].abs().max()), msg=name
+        )
+
+
+def test_correction_lowers_the_error_and_belongs_to_the_layer():
+    plain, corrected = llama(), llama()
+    without = compress(plain, tokens(), group_size=32)
+    report = compress(corrected, tokens(), group_size=32, rank=8)
+    assert report.mean_output_error < 0.85 * without.mean_output_error
+    assert "rank 8" in report.method
+    layer = corrected.model.layers[0].mlp.up_proj
+    assert (tuple(layer.correction_up.shape), tuple(layer.correction_down.shape)) == ((100, 8), (8, 64))
+    extra = 4 * 8 * (100 + 64)
+    of = {row.name: row.bytes_after for row in report}, {row.name: row.bytes_after for row in without}
+    assert of[0]["model.layers.0.mlp.up_proj"] == of[1]["model.layers.0.mlp.up_proj"] + extra
+    # The reported error is that of what the layer computes.
+    x = torch.randn(50, 64)
+    torch.testing.assert_close(layer(x), layer.to_linear()(x), rtol=1e-3, atol=1e-3)
+
+
+def test_sixteen_bit_scales_survive_a_change_of_dtype():
+    model = llama()
+    compress(model, tokens(), group_size=32, rank=4, scale_dtype=torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, SparseMarlinLinear):
+            for tensor in (module.scales, module.correction_up, module.correction_down):
+                assert torch.equal(tensor, tensor.bfloat16().float())
+
+
+def test_a_model_without_blocks_is_one_block():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(40, 32)
+            self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+        def forward(self, ids):
+            x = self.embed(ids)
+            return x + self.down(torch.relu(self.up(x)))
+
+    torch.manual_seed(0)
+    report = compress(Net(), torch.randint(0, 40, (16, 8)), group_size=32)
+    assert [layer.converted for layer in report] == [True, True]
+
+
+def test_linears_outside_the_blocks_stay_dense():
+    model = llama()
+    model.score = nn.Linear(64, 4)
+    report = compress(model, tokens(), group_size=32)
+    assert {layer.name: layer.reason for layer in report.skipped} == {
+        "lm_head": "ignored by 'lm_head'",
+        "score": "outside the blocks model.layers.0 to model.layers.1",
+    }
+
+
+def test_an_unused_linear_stays_dense():
+    model = llama()
+    model.model.layers[1].spare = nn.Linear(64, 64)
+    report = compress(model, tokens(), group_size=32)
+    reasons = {layer.name: layer.reason for layer in report.skipped}
+    assert reasons["model.layers.1.spare"] == "no calibration token reached it"
+
+
+def test_training_mode_and_hooks_are_as_before():
+    model = llama().train()
+    model.model.layers[0].eval()
+    compress(model, tokens(), group_size=32)
+    assert model.training
+    assert model.model.layers[1].mlp.up_proj.training
+    assert not model.model.layers[0].mlp.up_proj.training
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+# --- patterns, fallbacks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quality", ["sparsegpt", "joint"])
+def test_masks_from_outside_and_of_the_weights_themselves(quality):
+    model = llama()
+    names = [f"model.layers.{i}.mlp.{kind}_proj" for i in (0, 1) for kind in ("up", "down")]
+    masks = {f"{name}.weight": prune_24_magnitude(torch.randn_like(model.get_submodule(name).weight)) for name in names}
+    compress(model, tokens(), group_size=32, quality=quality, masks=masks)
+    for name in names:
+        assert not model.get_submodule(name).codes()[~masks[f"{name}.weight"]].any()
+    pruned = llama()
+    patterns = {}
+    for name, module in pruned.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            patterns[name] = prune_24_magnitude(module.weight)
+            module.weight.data *= patterns[name]
+    report = compress(pruned, tokens(), group_size=32, quality=quality, masks="nonzero")
+    assert report.mean_output_error < 0.15  # only rounding is lost
+    for name, pattern in patterns.items():
+        assert not pruned.get_submodule(name).codes()[~pattern].any()
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({"model.layers.7.up": torch.ones(4, 4)}, "names of linears that are converted, got 'model.layers.7.up'"),
+        ({"model.layers.0.mlp.up_proj": torch.ones(4, 4)}, r"up_proj: mask: expected \[100, 64\]"),
+        (
+            {"model.layers.0.mlp.up_proj": torch.ones(100, 64)},
+            "at most 2 non-zero of every 4, got 4 at row 0, columns 0",
+        ),
+        ("nonzero", "q_proj: weight: expected at most 2 non-zero of every 4"),
+        ("zero", "expected a mapping or 'nonzero'"),
+    ],
+)
+def test_masks_that_do_not_fit(masks, message):
+    with pytest.raises(ValueError, match=message):
+        compress(llama(), tokens(), group_size=32, masks=masks)
+
+
+@pytest.mark.parametrize("fallback", ["dense", "int4"])
+def test_layers_over_the_error_limit(fallback):
+    model = llama()
+    before = tensors(model)
+    errors = sorted(layer.output_error for layer in compress(llama(), tokens(), group_size=32).converted)
+    limit = errors[5]
+    report = compress(model, tokens(), group_size=32, max_error=limit, fallback=fallback)
+    over = [layer for layer in report.skipped if layer.name != "lm_head"]
+    assert 0 < len(over) < 14
+    for layer in over:
+        assert layer.reason.startswith("output error 0.")
+        module = model.get_submodule(layer.name)
+        assert type(module) is nn.Linear
+        unchanged = torch.equal(module.weight, before[f"{layer.name}.weight"])
+        assert unchanged == (fallback == "dense")
+        if fallback == "int4":
+            assert "rounded to 4 bits without pruning" in layer.reason
+            assert 0 < layer.output_error < limit
+            values = module.weight[0, :32].unique()
+            assert len(values) <= 16
+
+
+# --- failures leave the model as it was -------------------------------------------------------------------------------
+
+
+def test_a_failure_in_a_later_block_changes_nothing():
+    model = llama()
+    before, modules = tensors(model), [id(module) for module in model.modules()]
+    calls = []
+
+    def fails(problem):
+        calls.append(1)
+        if len(calls) == 6:
+            raise RuntimeError("no more")
+        return magnitude(problem)
+
+    with pytest.raises(RuntimeError, match="no more"):
+        compress(model, tokens(), quality=fails, group_size=32)
+    assert same(before, tensors(model))
+    assert modules == [id(module) for module in model.modules()]
+    assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
+
+
+def damaged(name, value):
+    def damage(model):
+        with torch.no_grad():
+            model.get_parameter(name)[3, 5] = value
+
+    return damage
+
+
+def already_compressed(model):
+    replace_linears(model, group_size=32)
+
+
+def shared_block(model):
+    model.model.layers[1] = model.model.layers[0]
+
+
+def overflow(model):
+    """Activations that are NaN although every weight is finite."""
+    model.model.layers[0].input_layernorm.weight.data[7] = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "error", "message"),
+    [
+        (damaged("model.layers.1.mlp.up_proj.weight", torch.nan), {}, ValueError, "up_proj: weight: .* nan at row 3"),
+        (overflow, {}, ValueError, r"layers\.0\.self_attn\.q_proj: activations: expected finite inputs, .* feature 7"),
+        (already_compressed, {}, ValueError, "expected a dense model, got one that is compressed already"),
+        (shared_block, {}, ValueError, "its block model.layers.0 is used again as model.layers.1"),
+        (None, {"ignore": ["Linear"]}, ValueError, "expected a linear layer to convert, got 15 that stay dense"),
+        (None, {"quality": "best"}, ValueError, "quality: expected one of magnitude, .*, joint, got 'best'"),
+        (None, {"group_size": 48}, ValueError, "group_size: expected one of"),
+        (None, {"num_bits": 3}, ValueError, "num_bits: expected one of"),
+        (None, {"rank": -1}, ValueError, "rank: expected 0"),
+        (None, {"max_error": 0.0}, ValueError, "max_error: expected a number > 0"),
+        (None, {"fallback": "int8"}, ValueError, "fallback: expected one of dense, int4"),
+        (None, {"calibration": torch.zeros(0, 8, dtype=torch.long)}, ValueError, "at least one sequence of 8 tokens"),
+        (None, {"calibration": torch.rand(4, 8)}, TypeError, "expected integer token ids, got torch.float32"),
+        (None, {"calibration": tokens() + 300}, ValueError, "expected token ids below 320"),
+        (None, {"calibration": tokens() - 300}, ValueError, "expected token ids from 0"),
+        (None, {"calibration": ["some text"]}, ValueError, "tokenizer: expected one, since calibration is text"),
+        (None, {"calibration": 7}, TypeError, "calibration: expected a file, a text, token ids"),
+        (None, {"calibration": "no/such/file.txt"}, ValueError, "no/such/file.txt: expected a file"),
+        (None, {"calibration": tokens(1, 8)[0], "seq_len": 9}, ValueError, "one sequence of 9 tokens, got 8 tokens"),
+        (None, {"seq_len": 0, "calibration": ["x"]}, ValueError, "tokenizer|seq_len"),
+    ],
+)
+def test_bad_input_is_one_clear_error(change, options, error, message):
+    model = llama()
+    if change:
+        change(model)
+    before = tensors(model)
+    arguments = {"calibration": tokens(), "group_size": 32, **options}
+    with pytest.raises(error, match=message) as caught:
+        compress(model, arguments.pop("calibration"), **arguments)
+    assert len(str(caught.value).splitlines()) == 1
+    now = tensors(model)
+    assert all(torch.equal(now[name].nan_to_num(), before[name].nan_to_num()) for name in before)
+
+
+def test_tied_and_odd_linears_stay_dense():
+    model = llama(intermediate_size=102)
+    model.model.layers[1].self_attn.v_proj.weight = model.model.layers[0].self_attn.v_proj.weight
+    report = compress(model, tokens(), group_size=32)
+    reasons = {layer.name: layer.reason for layer in report.skipped}
+    assert reasons["model.layers.0.mlp.down_proj"] == "in_features 102 is not divisible by 4"
+    assert "shared with model.layers.0.self_attn.v_proj" in reasons["model.layers.1.self_attn.v_proj"]
+    assert len(report.converted) == 14 - 4
+
+
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+
+class Words:
+    """A tokenizer of one token a word."""
+
+    def __call__(self, text, **_):
+        return {"input_ids": [1 + len(word) for word in text.split()]}
+
+
+@pytest.mark.filterwarnings("default:compress. calibration")
+def test_few_sequences_are_a_warning():
+    with pytest.warns(UserWarning, match="at least 128 sequences for a good result, got 127 of 8 tokens"):
+        calibration_tokens(tokens(127, 8), seq_len=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert calibration_tokens(tokens(128, 8), seq_len=8).shape == (128, 8)
+
+
+def test_calibration_from_text_files_and_lists(tmp_path):
+    file = tmp_path / "my text.txt"
+    file.write_text("one three eleven five " * 100)
+    wanted = torch.tensor([4, 6, 7, 5] * 100)[:396].view(-1, 6)
+    for given in (file, str(file), file.read_text(), [file.read_text()], ["one three eleven five"] * 100):
+        found = calibration_tokens(given, Words(), seq_len=6)
+        assert torch.equal(found, wanted)
+    drawn = [calibration_tokens(tokens(64, 8), seq_len=8, num_sequences=5, seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert drawn[0].shape == (5, 8)
+
+
+def test_groups_are_found_by_the_forward_itself():
+    model = llama()
+    blocks, _ = find_blocks(model, select(model, group_size=32, num_bits=4).chosen)
+    assert [block.name for block in blocks] == ["model.layers.0", "model.layers.1"]
+    hidden = torch.randn(1, 5, 64)
+    call = layerwise.Call(kwargs={"position_embeddings": model.model.rotary_emb(hidden, torch.arange(5)[None])})
+    groups = shared_inputs(blocks[0], hidden, call)
+    kinds = [[candidate.name.rpartition(".")[2] for candidate in group.linears] for group in groups]
+    assert kinds == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+# --- resumption -------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_call_continues_and_gives_the_same(tmp_path):
+    state = tmp_path / "state"
+    whole = llama(layers=3)
+    report = compress(whole, tokens(), group_size=32, rank=2, max_error=0.3)
+    solved = []
+
+    def counting(stop):
+        def joint(problem):
+            solved.append(1)
+            if len(solved) == stop:
+                raise KeyboardInterrupt
+            return SOLVERS["joint"](problem)
+
+        return joint
+
+    model = llama(layers=3)
+    options = {"group_size": 32, "rank": 2, "max_error": 0.3, "state": state}
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, tokens(), quality=counting(10), **options)  # in the third block
+    assert sorted(path.name for path in state.iterdir()) == ["block-00000.safetensors", "block-00001.safetensors"]
+    solved.clear()
+    again = compress(model, tokens(), quality=counting(None), **options)
+    assert len(solved) == 4
+    assert same(tensors(model), tensors(whole))
+    assert again.to_dict()["layers"] == report.to_dict()["layers"]
+    # Other inputs: nothing of it is used. A damaged file: its block is done again.
+    solved.clear()
+    compress(llama(layers=3), tokens(seed=3), quality=counting(None), **options)
+    assert len(solved) == 12
+    (state / "block-00001.safetensors").write_bytes(b"\0" * 100)
+    solved.clear()
+    compress(llama(layers=3), tokens(seed=3), quality=counting(None), **options)
+    assert len(solved) == 4
+
+
+CHILD = """
+    import os, sys, torch
+    sys.path.insert(0, {tests!r})
+    torch.set_num_threads(1)
+    from test_compress import compress, llama, tensors, tokens
+    model = llama(layers=3)
+    compress(model, tokens(), group_size=32, state={state!r})
+    torch.save(tensors(model), {out!r})
+"""
+
+
+def child(tmp_path, limit=None):
+    script = textwrap.dedent(CHILD).format(
+        tests=str(Path(__file__).parent), state=str(tmp_path / "state"), out=str(tmp_path / "out.pt")
+    )
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    before = limited if limit else None
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", script], env=environment, preexec_fn=before, **pipes)
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_no_finished_block_is_lost(tmp_path):
+    running = child(tmp_path)
+    first = tmp_path / "state" / "block-00000.safetensors"
+    deadline = time.monotonic() + 240
+    while not first.exists() and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+    assert first.exists()
+    assert not (tmp_path / "out.pt").exists()
+    written = {path: path.stat().st_mtime_ns for path in first.parent.glob("*.safetensors")}
+    again = child(tmp_path)
+    assert again.wait(timeout=240) == 0, again.communicate()[1]
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    model = llama(layers=3)
+    compress(model, tokens(), group_size=32)
+    found = torch.load(tmp_path / "out.pt")
+    assert found.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        if name.endswith("weight_packed"):
+            assert (tensor == found[name]).float().mean() > 0.9, name  # another number of threads may break ties
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_error_and_leaves_no_half_file(tmp_path):
+    """A limit on the size of files stands for the disk: the write fails where a full disk would make it fail."""
+    running = child(tmp_path, limit=4096)
+    _, errors = running.communicate(timeout=240)
+    assert running.returncode == 1
+    assert "block-00000.safetensors: could not be written" in errors.strip().splitlines()[-1]
+    assert list((tmp_path / "state").iterdir()) == []
