@@ -105,7 +105,7 @@ struct DecodeEpilogue {
     const int splits = args.gemm.splits, rank = ptx::cluster_block();
     const int slots = owned_vectors(kTile, args.smem.rows, splits);
     const float4* from_rank = received();
-    ptx::mbarrier_wait(warp.received_full(), 0);
+    ptx::mbarrier_wait_cluster(warp.received_full(), 0);
     for (int i = threadIdx.x; i < owned_vectors(kTile, args.smem.rows, splits, rank); i += kThreads) {
       float4 v = from_rank[i];
       for (int from = 1; from < splits; ++from) v = add(v, from_rank[from * slots + i]);
