@@ -23,25 +23,22 @@ struct ExchangeSm90 {
   const uint32_t own_place;       // of this thread, in the first chunk of the first split
 
   static __device__ __forceinline__ ExchangeSm90 of(const Consumer& consumer, int splits) {
-    const uint32_t bytes = owned_chunks(kTile, splits, 0) * kChunkBytes;
+    const uint32_t bytes = (kChunks + splits - 1) / splits * kChunkBytes;
     return {consumer, splits, bytes,
             consumer.smem + consumer.warpgroup * bytes + threadIdx.x % kWarpgroupThreads * uint32_t{sizeof(float4)}};
   }
   __device__ __forceinline__ uint32_t split_bytes() const { return kTile.consumers * consumer_bytes; }
 
-  // Own sums go the same way as the others'.
   __device__ __forceinline__ void send(const Sums& sums) const {
     uint32_t at = own_place + consumer.split() * split_bytes();
     int to = 0;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      const int block = to * consumer.args.share + consumer.share_rank();
-      const uint32_t there = ptx::remote_address(at, block);
-      const uint32_t barrier = ptx::remote_address(consumer.received(), block);
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         const float* v = sums[c / kPanelChunks] + c % kPanelChunks * kChunkSums + i * kVectorSums;
-        ptx::store_remote_counted(there + i * kVectorBytes, barrier, make_float4(v[0], v[1], v[2], v[3]));
+        ptx::store_remote(at + i * kVectorBytes, to * consumer.args.share + consumer.share_rank(),
+                          make_float4(v[0], v[1], v[2], v[3]));
       }
       if (++to == splits) {
         to = 0;
@@ -49,9 +46,6 @@ struct ExchangeSm90 {
       }
     }
   }
-  // One barrier for all consumers: a barrier of each would be waited for at an address the compiler does not know to be uniform, and
-  // the main loop's descriptors would leave the uniform registers.
-  __device__ __forceinline__ void receive() const { ptx::mbarrier_wait_cluster(consumer.received(), 0); }
 
   // total = the sums of the i-th chunk that this block owns.
   __device__ __forceinline__ void add(float (&total)[kChunkSums], int i) const {

@@ -38,7 +38,10 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
     if (ptx::elect_one()) Producer{pipeline}.run(warp);
     __syncwarp();
     if constexpr (kTile.may_split()) {
-      if (splits > 1) ptx::cluster_meet();  // with the consumers, before their exchange
+      if (splits > 1) {  // the consumers' exchange
+        ptx::cluster_meet();
+        ptx::cluster_sync();
+      }
     }
   } else {
     ptx::registers_acquire<kTile.consumer_registers()>();
@@ -58,7 +61,7 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
           const Exchange exchange = Exchange::of(consumer, splits);
           ptx::cluster_meet();  // nobody reads its stages any more
           exchange.send(sums);
-          exchange.receive();
+          ptx::cluster_sync();
           end.store_owned(exchange, work, feature0);
           continue;
         }

@@ -62,7 +62,6 @@ struct PipelineSm90 {
   static constexpr int kScalesOffset = kTile.row_tiles() * kSmem.tile_bytes;  // in weights_at
   __device__ __forceinline__ uint32_t full(int stage) const { return smem + kSmem.full + stage * kBarrierBytes; }
   __device__ __forceinline__ uint32_t empty(int stage) const { return smem + kSmem.empty + stage * kBarrierBytes; }
-  __device__ __forceinline__ uint32_t received() const { return smem + kSmem.received; }  // every split's sums
 
   __device__ __forceinline__ int tiles() const { return args.gemm.tiles_m * args.gemm.tiles_n; }
   __device__ __forceinline__ BlockWork work(int tile) const {
@@ -77,12 +76,6 @@ struct PipelineSm90 {
     for (int i = 0; i < kSmem.stages; ++i) {
       ptx::mbarrier_init(full(i), kMode == ScaleMode::kNone ? 2 : 3);  // the producer's threads
       ptx::mbarrier_init(empty(i), args.share * kTile.consumers * (kWarpgroupThreads / format::kLanes));
-    }
-    const int splits = args.gemm.splits;
-    if (kTile.may_split() && splits > 1) {
-      const int bytes = splits * kTile.consumers * owned_chunks(kTile, splits, split()) * kChunkBytes;
-      ptx::mbarrier_init(received(), 1);
-      ptx::mbarrier_arrive_expect(received(), bytes);
     }
     ptx::mbarrier_init_fence();
   }

@@ -52,15 +52,27 @@ __device__ __forceinline__ int num_clusters() {
   asm volatile("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
   return count;
 }
-// All threads of the cluster have come here. Orders no writes.
+// All threads of the cluster have come here. cluster_sync also makes their writes visible, which costs a memory fence.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_meet() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+// Four floats into the shared memory of another block of the cluster, at the address that would be `address` here.
+__device__ __forceinline__ void store_remote(uint32_t address, int block, float4 v) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n}" ::"r"(address),
+      "r"(block), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+      : "memory");
+}
+
+// The two halves of cluster_meet, for what is to be done in between.
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_meet() {
-  cluster_arrive();
-  cluster_wait();
-}
 // Four floats to a remote address; their bytes count towards the barrier at another one, in the same block.
 __device__ __forceinline__ void store_remote_counted(uint32_t address, uint32_t barrier, float4 v) {
   asm volatile(
@@ -68,6 +80,7 @@ __device__ __forceinline__ void store_remote_counted(uint32_t address, uint32_t 
       "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
       : "memory");
 }
+
 // Four 8 x 8 matrices of 16-bit values, stored transposed; lane l names the row l % 8 of matrix l / 8.
 __device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, const uint32_t (&v)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]),
