@@ -345,7 +345,7 @@ def compress(
     num_sequences: Annotated[int | None, typer.Option(min=1, help="Default: 256, on a CPU 128.")] = None,
     seq_len: Annotated[int | None, typer.Option(min=1, help="Of calibration. Default: 2048, on a CPU 256.")] = None,
     seed: Annotated[int, typer.Option(help="Draws the calibration sequences.")] = 0,
-    damping: Annotated[float, typer.Option(help="Share of the Hessian's mean diagonal added to it.")] = 0.05,
+    damping: Annotated[float, typer.Option(help="Share of the Hessian's mean diagonal added to it.")] = 0.1,
     eval_text: Annotated[Path | None, typer.Option(help="Default: the last tenth of the calibration text.")] = None,
     eval_seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a perplexity window.")] = 512,
     eval_tokens: Annotated[int | None, typer.Option(min=2, help="Default: 65536, on a CPU 8192.")] = None,

@@ -31,7 +31,7 @@ from .sweep import joint_sweep
 
 FALLBACKS = ("dense", "int4")
 # The literature's 0.01 is best on text like the calibrated one, more is better on other text (docs/ACCURACY.md).
-DEFAULT_DAMPING = 0.05
+DEFAULT_DAMPING = 0.1
 _TURNS = 2  # of codes and correction
 _KEEP_ON_DEVICE_BYTES = 4_000_000_000  # of hidden states; more are kept in host memory
 
