@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 
 import torch
-from bench_gemm import graph_us
+from timing import graph_us
 
 from sparse_marlin import SparseMarlinLinear, testing
 

@@ -342,7 +342,7 @@ def _strings(value: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _checksum(tensor: torch.Tensor) -> int:
