@@ -1,6 +1,6 @@
 """Markdown tables from the JSON files of the benchmarks, as docs/ and README.md show them. Needs no GPU.
 
-    python benchmarks/tables.py benchmarks/results/gemm_h200_float16_int4.json benchmarks/results/layer_h200.json
+    python benchmarks/tables.py benchmarks/results/gemm_h100_float16_int4.json benchmarks/results/layer_h100.json
 
 For bench_plan.py's files: python benchmarks/bench_plan.py --report FILE.
 """

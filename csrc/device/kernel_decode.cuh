@@ -157,6 +157,7 @@ __global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(), kTilesDeco
   if (warp == kTile.warps()) {
     const Loader loader{{args, smem}};
     if (lane == 0) loader.init_chunk_barriers();
+    __syncwarp();  // the barriers that follow want all lanes at once
     __syncthreads();
     if (args.gemm.splits > 1) ptx::cluster_arrive();
     if (ptx::elect_one()) loader.run();
