@@ -481,13 +481,11 @@ def test_killed_in_the_middle_no_finished_block_is_lost(tmp_path):
     again = child(tmp_path)
     assert again.wait(timeout=240) == 0, again.communicate()[1]
     assert {path: path.stat().st_mtime_ns for path in written} == written
-    model = llama(layers=3)
-    compress(model, tokens(), group_size=32)
-    found = torch.load(tmp_path / "out.pt")
-    assert found.keys() == model.state_dict().keys()
-    for name, tensor in model.state_dict().items():
-        if name.endswith("weight_packed"):
-            assert (tensor == found[name]).float().mean() > 0.9, name  # another number of threads may break ties
+    # a process like it that nobody killed: with other threads, sums would round differently and codes with them
+    (tmp_path / "whole").mkdir()
+    whole = child(tmp_path / "whole")
+    assert whole.wait(timeout=240) == 0, whole.communicate()[1]
+    assert same(torch.load(tmp_path / "out.pt"), torch.load(tmp_path / "whole" / "out.pt"))
 
 
 @pytest.mark.slow
