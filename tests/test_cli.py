@@ -13,7 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import sparse_marlin
-from sparse_marlin import SparseMarlinLinear, _core
+from sparse_marlin import SparseMarlinLinear, _core, bench
 from sparse_marlin import testing as smt
 from sparse_marlin.cli import app
 from sparse_marlin.quantize import prune_24_magnitude
@@ -93,11 +93,39 @@ def test_info_names_versions():
     assert str(_core.FORMAT_VERSION) in found["format"]
 
 
+def test_bench_times_both_and_checks_shapes(monkeypatch):
+    monkeypatch.setattr(bench, "MIN_SECONDS", 0.01)
+    asked = ("bench", "--shape", "128,96", "--shape", "64,32", "--tokens", 1, "--tokens", 3, "--device", "cpu")
+    result = run(*asked, "--group-size", 64, "--json")
+    assert result.exit_code == 0, result.stderr
+    measured = json.loads(result.stdout)["measured"]
+    assert [(row["in_features"], row["out_features"], row["tokens"]) for row in measured] == [
+        (128, 96, 1), (128, 96, 3), (64, 32, 1), (64, 32, 3),
+    ]  # fmt: skip
+    for row in measured:
+        assert row["sparse_us"] > 0
+        assert row["dense_us"] > 0
+        assert row["speedup"] == pytest.approx(row["dense_us"] / row["sparse_us"])
+        assert row["dense_bytes"] == 4 * row["in_features"] * row["out_features"]
+    refused = run("bench", "--shape", "10,64", "--device", "cpu")
+    assert refused.exit_code == 1
+    assert "in_features: expected a positive multiple of 4" in refused.stderr
+    assert run("bench", "--shape", "10").exit_code == 2
+
+
+def test_the_layers_of_bench_are_valid():
+    layer = bench.random_layer(128, 96, 64, 4, torch.device("cpu"), torch.float32)
+    quads = layer.codes().view(96, -1, 4)
+    assert int((quads != 0).sum(dim=-1).max()) == 2
+    out = layer(torch.randn(200, 128))
+    assert 0.3 < float(out.std()) < 3
+
+
 def test_version_and_help():
     assert run("--version").stdout == f"sparse-marlin {sparse_marlin.__version__}\n"
     shown = run("--help")
     assert shown.exit_code == 0
-    for command in ("demo", "generate", "eval", "inspect", "info"):
+    for command in ("demo", "generate", "eval", "compress", "import", "export", "inspect", "bench", "info"):
         assert command in shown.stdout
         assert run(command, "--help").exit_code == 0
 

@@ -1,4 +1,4 @@
-"""Commands that run models: demo, generate, eval; and info."""
+"""Commands that run models: demo, generate, eval; bench and info about this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.table import Table
 
+from ..demo import device_name
 from .common import (
     Device,
     DType,
@@ -135,6 +137,56 @@ def evaluate(
         f"perplexity {found.perplexity:.4f} of {found.scored_tokens} tokens of {text_name} "
         f"({found.windows} windows of {seq_len}, {found.tokens_per_second:.0f} tokens/s)"
     )
+
+
+@app.command()
+@one_line_errors
+def bench(
+    shapes: Annotated[
+        list[str] | None, typer.Option("--shape", metavar="K,N", help="In and out features; may be repeated.")
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option("--tokens", min=1, help="May be repeated.")] = None,
+    group_size: GroupSize = 128,
+    num_bits: NumBits = 4,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Time the multiplication on this machine, beside torch's own linear."""
+    from ..bench import DEFAULT_SHAPES, DEFAULT_TOKENS, run_bench
+    from ..model import default_device, default_dtype
+
+    where = torch_device(device) or default_device()
+    found = run_bench(
+        [_shape(text) for text in shapes] if shapes else DEFAULT_SHAPES,
+        tokens or DEFAULT_TOKENS,
+        group_size=group_size,
+        num_bits=num_bits,
+        device=where,
+        dtype=torch_dtype(dtype) or default_dtype(where),
+        progress=True,
+    )
+    if as_json:
+        print_json({"device": device_name(where), "measured": [each.to_dict() for each in found]})
+        return
+    table = Table(title=f"{device_name(where)}, {num_bits} bits, group size {group_size}", header_style="bold")
+    for column in ("K", "N", "tokens", "torch us", "sparse us", "x", "MB", "sparse MB"):
+        table.add_column(column, justify="right")
+    for each in found:
+        table.add_row(
+            str(each.in_features), str(each.out_features), str(each.tokens), f"{each.dense_us:.1f}",
+            f"{each.sparse_us:.1f}", f"{each.speedup:.2f}", f"{each.dense_bytes / 1e6:.1f}",
+            f"{each.sparse_bytes / 1e6:.1f}",
+        )  # fmt: skip
+    console().print(table)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    try:
+        k, n = (int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"--shape: expected two numbers such as 4096,14336, got {text}") from None
+    return k, n
 
 
 @app.command()
