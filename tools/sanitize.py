@@ -63,6 +63,29 @@ def pack_kernels() -> int:
     return launches
 
 
+def legacy_kernels() -> int:
+    """marlin-24 bytes to packed ones and back, with and without a fault in the metadata."""
+    launches = 0
+    for (n, k), num_bits in product(((64, 32), (192, 288)), _core.NUM_BITS):
+        packed = sparse_marlin.pack_24_weights(
+            testing.random_codes(n, k, num_bits), testing.group_scales(n, k, 32), 32, num_bits
+        )
+        wanted = torch.ops.sparse_marlin.export_marlin_24(packed, n, k, num_bits)
+        exported = torch.ops.sparse_marlin.export_marlin_24(packed.cuda(), n, k, num_bits)
+        for got, expected in zip(exported, wanted, strict=True):
+            testing.assert_same_bits(got.cpu(), expected, "marlin-24 bytes")
+        again = torch.ops.sparse_marlin.import_marlin_24(*exported, num_bits)
+        testing.assert_same_bits(again.cpu(), packed, "packed bytes")
+        launches += 3
+        codes, meta = exported
+        try:
+            torch.ops.sparse_marlin.import_marlin_24(codes, torch.zeros_like(meta), num_bits)
+        except RuntimeError:
+            continue
+        raise AssertionError("metadata of zeros was imported")
+    return launches
+
+
 Kind = tuple[torch.dtype, int, int]  # activation type, code width, group size
 Way = tuple[int, int]  # tile, splits
 
@@ -168,7 +191,8 @@ def main() -> int:
         print("make sanitize: expected a CUDA device, found none", file=sys.stderr)
         return 1
     if args.launch:
-        print(json.dumps({"multiplications": gemm_kernels(), "packings and unpackings": pack_kernels()}))
+        counts = {"multiplications": gemm_kernels(), "packings and unpackings": pack_kernels()}
+        print(json.dumps({**counts, "imports and exports": legacy_kernels()}))
         return 0
     sanitizer = os.environ.get("COMPUTE_SANITIZER") or shutil.which("compute-sanitizer")
     if sanitizer is None:
