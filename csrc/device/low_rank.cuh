@@ -97,6 +97,18 @@ struct LowRank {
     return exists ? __ldcg(reinterpret_cast<const uint4*>(from)) : uint4{0, 0, 0, 0};
   }
 
+  static __device__ __forceinline__ void prefetch(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+  }
+  // What the warp reads of `down` after its first turn: a row for each lane, in each turn at most one cache line of it.
+  __device__ __forceinline__ void prefetch_down(int rank0, int col0, int stride) const {
+    const int rank = rank0 + 4 * g + c;
+    if (rank >= args.rank) return;
+    const Act* const row = static_cast<const Act*>(args.down) + static_cast<int64_t>(rank) * args.k;
+#pragma unroll 1
+    for (int col = col0 + stride; col < args.k; col += stride) prefetch(row + col);
+  }
+
   // Sums of the warp's columns for ranks rank0 .. rank0 + 31.
   __device__ __forceinline__ void project(float (&sum)[kRankTiles][4], int rank0) const {
     constexpr int kCols = kStep * kTogether, kStride = kLowRankCluster * Shape::kWarpsK * kCols;
@@ -104,6 +116,7 @@ struct LowRank {
     const Act* acts = static_cast<const Act*>(args.acts) + static_cast<int64_t>(token0() + g) * args.k + col0 + 8 * c;
     const Act* down = static_cast<const Act*>(args.down) + static_cast<int64_t>(rank0 + g) * args.k + col0 + 8 * c;
     const bool low = token0() + g < args.m, high = token0() + g + 8 < args.m;
+    prefetch_down(rank0, col0, kStride);
 #pragma unroll 1
     for (int left = args.k - col0; left > 0; left -= kStride, acts += kStride, down += kStride) {
       uint4 a[kTogether][2], b[kTogether][kRankTiles];
@@ -202,8 +215,7 @@ struct LowRank {
         reinterpret_cast<const char*>(static_cast<const Act*>(args.up) + static_cast<int64_t>(feature0()) * args.rank);
     const int bytes = min(kLowRankFeatures, args.n - feature0()) * args.rank * static_cast<int>(sizeof(Act));
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x) * kLine; i < bytes; i += Shape::kThreads * kLine)
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(first + i));
+    for (int i = static_cast<int>(threadIdx.x) * kLine; i < bytes; i += Shape::kThreads * kLine) prefetch(first + i);
   }
 
   // The group's features. t is multiplied in two parts of TF32 with 11 significant bits each; `up` is exact in TF32 whichever of the
