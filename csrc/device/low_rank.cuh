@@ -20,6 +20,7 @@
 #include "device/epilogue.cuh"
 #include "device/ptx/dependent_launch.cuh"
 #include "device/ptx/hopper.cuh"
+#include "device/ptx/mbarrier.cuh"
 #include "device/ptx/mma.cuh"
 
 namespace sparse_marlin::device {
@@ -193,7 +194,7 @@ struct LowRank {
       const int row = i / row_vectors, rank = i % row_vectors * kVector;
       const uint32_t at = to + (row * t_pitch() + rank) * static_cast<int>(sizeof(float));
 #pragma unroll
-      for (int b = 0; b < kLowRankCluster; ++b) ptx::store_remote(at, b, part[0]);
+      for (int b = 0; b < kLowRankCluster; ++b) ptx::store_remote(ptx::remote_address(at, b), part[0]);
     }
     __syncwarp();
     ptx::cluster_sync();  // t is complete, and nobody reads another block's memory any more: each may end when it likes
