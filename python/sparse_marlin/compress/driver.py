@@ -112,12 +112,14 @@ def compress(
     try:
         hidden, calls = block_inputs(model, blocks, batches)
         hidden = run.store(hidden)
-        with two_bars("Blocks", len(blocks), progress) as bars:
-            for index, block in enumerate(blocks):
+        # Nothing needs the hidden states after the last block that is compressed.
+        count = 1 + max(index for index, block in enumerate(blocks) if block.linears)
+        with two_bars("Blocks", count, progress) as bars:
+            for index, block in enumerate(blocks[:count]):
                 mark = ""
                 if fingerprint is not None:
                     mark = fingerprint.add((f"{block.name}.{name}", t) for name, t in block.module.state_dict().items())
-                last = index == len(blocks) - 1
+                last = index == count - 1
                 results.update(run.block(index, block, hidden, calls[index], mark, bars, propagate=not last))
                 calls[index] = []
                 bars.outer()

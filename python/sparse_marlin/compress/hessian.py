@@ -24,18 +24,24 @@ class HessianAccumulator:
 
     def add(self, inputs: torch.Tensor) -> None:
         """`inputs` [..., K] in any floating dtype."""
-        rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(device=self._sum.device, dtype=torch.float32)
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(self._sum.device)
         count = rows.shape[0]
         if count == 0:
             return
         total = self.tokens + count
         size_k = rows.shape[1]
         step = -(-size_k // _BLOCKS)
+        # Tensor cores multiply 16-bit inputs exactly and add in float32: several times faster than float32 inputs.
+        exact = rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16)
+        rows = rows if exact else rows.float()
         for start in range(0, size_k, step):
             end = min(start + step, size_k)
-            self._sum[start:end, :end].addmm_(
-                rows[:, start:end].t(), rows[:, :end], beta=self.tokens / total, alpha=1 / total
-            )
+            left, right, part = rows[:, start:end].t(), rows[:, :end], self._sum[start:end, :end]
+            if exact:
+                products = torch.mm(left, right, out_dtype=torch.float32)
+                part.mul_(self.tokens / total).add_(products, alpha=1 / total)
+            else:
+                part.addmm_(left, right, beta=self.tokens / total, alpha=1 / total)
         self.tokens = total
 
     def finish(self) -> torch.Tensor:

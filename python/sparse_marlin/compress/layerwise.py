@@ -33,7 +33,7 @@ FALLBACKS = ("dense", "int4")
 # The literature's 0.01 is best on text like the calibrated one, more is better on other text (docs/ACCURACY.md).
 DEFAULT_DAMPING = 0.1
 _TURNS = 2  # of codes and correction
-_KEEP_ON_DEVICE_BYTES = 4_000_000_000  # of hidden states; more are kept in host memory
+_KEEP_ON_DEVICE_BYTES = 5_000_000_000  # of hidden states (more are kept in host memory), and of a block's inner ones
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class BlockRun:
         propagate: bool,
     ) -> dict[str, Replacement | str]:
         """What becomes of the block's linears; with `propagate`, `hidden` becomes the block's outputs, in place."""
-        parts = FinishedParts(block)
+        parts = FinishedParts(block, _KEEP_ON_DEVICE_BYTES)
         try:
             with _lent(block.module, self.device):
                 made = self.state.load(index, fingerprint, block.linears) if block.linears else {}
@@ -113,7 +113,8 @@ class BlockRun:
         self, block: Block, hidden: list[torch.Tensor], calls: list[Call], parts: FinishedParts, bars: TwoBars
     ) -> dict[str, Replacement | str]:
         made: dict[str, Replacement | str] = {}
-        for group in shared_inputs(block, hidden[0].to(self.device), _moved(calls[0], self.device)):
+        groups = shared_inputs(block, hidden[0].to(self.device), _moved(calls[0], self.device))
+        for group in groups:
             start = time.perf_counter()
             names = ", ".join(candidate.name.rpartition(".")[2] for candidate in group.linears)
             hessian = self._hessian(block, group, hidden, calls, parts, bars, names)
@@ -123,7 +124,7 @@ class BlockRun:
             bars.inner(f"{names}: solving", None)
             for linears in self._alike(group.linears):
                 made.update(self._solve(linears, hessian, bars, start))
-            parts.finish(set(made))
+            parts.finish(set(made), again=group is not groups[-1])
         return made
 
     def _hessian(
@@ -138,7 +139,12 @@ class BlockRun:
     ) -> Hessian | None:
         first = group.linears[0]
         sums = HessianAccumulator(first.shape[1], self.device, first.name)
-        hook = GroupHook(group, sums.add)
+
+        def collect(inputs: torch.Tensor) -> None:
+            sums.add(inputs)
+            parts.keep_inputs(group, inputs)
+
+        hook = GroupHook(group, collect)
         bars.inner(f"{names}: calibrating", len(hidden))
         try:
             for number, (states, call) in enumerate(zip(hidden, calls, strict=True)):

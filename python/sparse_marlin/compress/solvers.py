@@ -70,7 +70,7 @@ def joint(problem: Problem) -> Solution:
     descent over quads in turn with least-squares scales."""
     weights, _ = sparse_weights(problem, draft=True)
     solution = rounded(problem, weights, clipped_scales(problem, weights, problem.hessian.diagonal))
-    solution = refit_scales(problem, descend(problem, solution, 1))
+    solution = refit_scales(problem, solution)
     searched = joint_codes(problem, solution.scales)
     for _ in range(_ROUNDS):
         searched = refit_scales(problem, descend(problem, searched, _SWEEPS))
