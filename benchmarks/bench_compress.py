@@ -101,7 +101,7 @@ def measure(shape: str, sequences: int, length: int, options: argparse.Namespace
     hidden = run.store(hidden)
     synchronize(device)
     start = time.perf_counter()
-    made = run.block(0, block, hidden, calls[0], "", laps, propagate=True)
+    made = run.block(0, block, hidden, list(hidden), calls[0], "", laps, propagate=True)
     laps.stop()
     seconds = time.perf_counter() - start
     errors = {name.rpartition(".")[2]: new.output_error for name, new in made.items() if isinstance(new, Replacement)}

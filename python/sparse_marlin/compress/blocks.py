@@ -302,7 +302,7 @@ class FinishedParts:
     A child is finished when all linears in it are compressed. Where its last linear decides what it returns, the pass
     that collected that linear's inputs has done all of its other work already: from these inputs, kept up to a limit of
     bytes, the output follows by one product. Else what the child returned for a batch in the next pass is handed out in
-    the passes after that; what is larger than its inputs (attention maps) is not kept.
+    the passes after that; what is larger than its inputs (attention maps) is not kept. What is kept has a `limit`.
     """
 
     def __init__(self, block: Block, limit: int) -> None:
@@ -310,7 +310,7 @@ class FinishedParts:
             (child, {c.name for c in block.linears if any(m is c.module for m in child.modules())})
             for child in block.module.children()
         ]
-        self._left = limit  # bytes of inputs that may still be kept
+        self._left = limit  # bytes that may still be kept
         self._endings: dict[nn.Module, Group] = {}
         self._inputs: dict[nn.Module, dict[int, torch.Tensor]] = {}  # of last linears: by child and batch
         self._kept: dict[nn.Module, dict[tuple[int, int], Any]] = {}  # by batch and call in it
@@ -321,7 +321,7 @@ class FinishedParts:
 
     def keep_inputs(self, group: Group, inputs: torch.Tensor) -> None:
         """The inputs of a group that ends a child, in this batch."""
-        size = inputs.numel() * inputs.element_size()
+        size = _nbytes(inputs)
         if group.ending is not None and size <= self._left:
             self._left -= size
             self._endings[group.ending.child] = group
@@ -356,19 +356,24 @@ class FinishedParts:
             if key in kept:
                 return kept[key]
             if group is not None and group.ending is not None and self._batch in inputs:
-                out = group.ending.output(group.linears[0].module(inputs.pop(self._batch)))
+                last = inputs.pop(self._batch)
+                self._left += _nbytes(last)
+                out = group.ending.output(group.linears[0].module(last))
             else:
                 out = real(*args, **kwargs)
-            if self._again and _numel(out) <= 2 * sum(_numel(value) for value in (*args, *kwargs.values())):
+            size = _nbytes(out)
+            small = size <= 2 * sum(_nbytes(value) for value in (*args, *kwargs.values()))
+            if self._again and small and size <= self._left:
+                self._left -= size
                 kept[key] = out
             return out
 
         return forward
 
 
-def _numel(value: Any) -> int:
+def _nbytes(value: Any) -> int:
     if isinstance(value, torch.Tensor):
-        return value.numel()
+        return value.numel() * value.element_size()
     if isinstance(value, (tuple, list)):
-        return sum(_numel(item) for item in value)
+        return sum(_nbytes(item) for item in value)
     return 0
