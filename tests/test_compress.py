@@ -224,6 +224,29 @@ def test_tokens_that_are_routed_elsewhere_are_not_compared():
     assert all(0 < layer.output_error < 1 for layer in report.converted)
 
 
+def test_what_is_kept_inside_a_block_saves_work_and_changes_nothing(monkeypatch):
+    found, counts = [], []
+    for limit in (0, 10**9):
+        monkeypatch.setattr(layerwise, "_KEEP_INSIDE_BYTES", limit)
+        model, calls = llama(), []
+        for block in model.model.layers:
+            block.self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+            block.mlp.act_fn.register_forward_pre_hook(lambda *_: calls.append(1))
+        compress(model, tokens(), group_size=32)
+        found.append(tensors(model))
+        counts.append(len(calls))
+    assert same(*found)
+    assert counts[1] < counts[0]
+
+
+def test_blocks_after_the_last_compressed_one_are_not_run():
+    model, calls = llama(layers=3), []
+    model.model.layers[2].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+    report = compress(model, tokens(), group_size=32, ignore=["lm_head", r"re:.*layers\.[12]\..*"])
+    assert len(report.converted) == 7
+    assert not calls
+
+
 def test_correction_lowers_the_error_and_belongs_to_the_layer():
     plain, corrected = llama(), llama()
     without = compress(plain, tokens(), group_size=32)
