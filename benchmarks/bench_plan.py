@@ -14,6 +14,11 @@ best three of every kernel that are within 3. Each is a CUDA graph of about a mi
 more than 250 MB (the activations are not); the graphs of a problem are replayed in turn. Where another plan seems
 better than the chosen one, both are timed again, longer, in turn, and these times count. The regret is the chosen
 plan's time over the best one's, minus 1. Outputs of all candidates of a problem are compared with the chosen plan's.
+
+A short multiplication is timed in a row with dependent launch and as a plain launch, and the geometric mean of both is
+the plan's time: the planner does not know what runs before, and a plan that is good in a chain of our kernels need not
+be good after a kernel that ends before ours may start.
+
 --cublas and --cusparselt time these beside, the latter with the better of its default algorithm and, where its search
 takes less than --search-seconds, the one that this prefers. JSON has every measurement, so that the cost model can be
 fitted again.
@@ -28,6 +33,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +42,7 @@ from peer_base import LeftOut
 from peers_torch import CuSparseLt, prune_24
 from rich.console import Console
 from rich.table import Table
-from timing import ROTATED_BYTES, Recorder, full_precision_sums, machine
+from timing import ROTATED_BYTES, Recorded, Recorder, full_precision_sums, machine
 from weights import random_scales, random_slices
 
 from sparse_marlin import _core
@@ -62,6 +68,7 @@ GRAPH_US = 800.0
 MAX_LAUNCHES = 128
 ROUNDS = 3
 LONG_US, LONG_ROUNDS = 2000.0, 2
+BOTH_MODES_US = 100.0  # longer ones do not feel how they were launched
 CONFIRM_ABOVE = 0.01  # regret from which chosen and best are timed again
 CONFIRM_ROUNDS = 7
 POOL_BYTES = 1 << 30  # at least
@@ -199,31 +206,37 @@ class Sweep:
         scales = random_scales(shape.n, shape.k, args.group_size, args.num_bits, self.pools.dtype)
         gemm = torch.ops.sparse_marlin._sparse_marlin_gemm_tile
 
-        def run(plan: _core.Plan, i: int) -> torch.Tensor:
+        def run(plan: _core.Plan, i: int, dependent: bool = True) -> torch.Tensor:
             weights = packed[i % len(packed)]
-            return gemm(a, weights, scales, args.group_size, args.num_bits, None, plan.tile, plan.splits)
+            return gemm(
+                a, weights, scales, args.group_size, args.num_bits, None, plan.tile, plan.splits, dependent=dependent
+            )
 
-        calls: list[Callable[[int], object]] = [lambda i, plan=plan: run(plan, i) for plan in plans]
         self.compare(plans, run)
         others = self.others(a, shape)
-        calls += others.values()
         launches = max(1, min(MAX_LAUNCHES, int(GRAPH_US / plans[0].predicted_us)))
-        graphs = [self.recorder.capture(call, launches) for call in calls]
-        times = self.recorder.times(graphs, ROUNDS if plans[0].predicted_us < LONG_US else LONG_ROUNDS)
-        medians = [statistics.median(t) for t in times]
-        best = min(range(len(plans)), key=medians.__getitem__)
-        if medians[0] > (1 + CONFIRM_ABOVE) * medians[best]:
-            again = self.recorder.times([graphs[0], graphs[best]], CONFIRM_ROUNDS)
-            for i, t in zip((0, best), again, strict=True):
-                times[i], medians[i] = t, statistics.median(t)
-        ranges = [[min(t), max(t)] for t in times]
+        modes = (True, False) if plans[0].predicted_us < BOTH_MODES_US else (True,)
+        graphs: list[list[Recorded]] = [  # of a contestant
+            [self.recorder.capture(partial(run, plan, dependent=mode), launches) for mode in modes] for plan in plans
+        ] + [[self.recorder.capture(call, launches)] for call in others.values()]
+        times = self.times(graphs, ROUNDS if plans[0].predicted_us < LONG_US else LONG_ROUNDS)
+        best = min(range(len(plans)), key=lambda i: middle(times[i]))
+        if middle(times[0]) > (1 + CONFIRM_ABOVE) * middle(times[best]):
+            times[0], times[best] = self.times([graphs[0], graphs[best]], CONFIRM_ROUNDS)
+        medians = [middle(of_modes) for of_modes in times]
         row: dict[str, object] = {"shape": shape.name, "m": tokens, "n": shape.n, "k": shape.k}
         row |= {f"{name}_us": round(us, 3) for name, us in zip(others, medians[len(plans) :], strict=True)}
         row["plans"] = [
-            [plan.tile, plan.splits, *(round(us, 3) for us in (plan.predicted_us, median, *span))]
-            for plan, median, span in zip(plans, medians, ranges, strict=False)
+            [plan.tile, plan.splits]
+            + [round(us, 3) for us in (plan.predicted_us, median, *(statistics.median(t) for t in of_modes))]
+            for plan, median, of_modes in zip(plans, medians, times, strict=False)
         ]
         return row
+
+    def times(self, graphs: list[list[Recorded]], rounds: int) -> list[list[list[float]]]:
+        """Of every contestant and mode."""
+        flat = iter(self.recorder.times([graph for of_modes in graphs for graph in of_modes], rounds))
+        return [[next(flat) for _ in of_modes] for of_modes in graphs]
 
     def compare(self, plans: list[_core.Plan], run: Callable[[_core.Plan, int], torch.Tensor]) -> None:
         """No candidate is timed whose result differs by more than roundings do. Loads the kernels, too."""
@@ -241,6 +254,10 @@ class Sweep:
     @staticmethod
     def last_rows(out: torch.Tensor) -> torch.Tensor:
         return out[-max(1, COMPARED_ELEMENTS // out.shape[1]) :].float()
+
+
+def middle(of_modes: list[list[float]]) -> float:
+    return statistics.geometric_mean(statistics.median(times) for times in of_modes)
 
 
 def regret(row: dict[str, object]) -> float:
@@ -361,7 +378,7 @@ def main() -> int:
         "dram_gb_per_s": sweep.device.dram_gb_per_s,
         "factor": args.factor,
         "most": args.most,
-        "plan_columns": ["tile", "splits", "predicted_us", "us", "us_least", "us_most"],  # the chosen plan first
+        "plan_columns": ["tile", "splits", "predicted_us", "us", "dependent_us", "plain_us"],  # the chosen plan first
         "tiles": [f"{t.block_m}x{t.block_n} {t.kernel} share {t.share}" for t in _core.TILES],
         "problems": rows,
     }

@@ -453,3 +453,14 @@ def test_no_decode_kernel_spills(all_cubins):
     assert len(stacks) == len(ACTS) * len(_core.NUM_BITS) * tiles * SCALE_MODES
     faults = [f"{kernel}: {stack} bytes of stack" for kernel, stack in stacks.items() if stack > 0]
     assert not faults, "\n".join(faults)
+
+
+def test_no_kernel_of_the_correction_spills(all_cubins):
+    def name(line: str) -> str | None:
+        found = re.search(r"low_rankI\w+", line)
+        return found[0] if found else None
+
+    stacks = stacks_of([path for path in all_cubins if b"low_rankI" in path.read_bytes()], name)
+    assert len(stacks) == len(ACTS) * 2, "few warps and many"
+    faults = [f"{kernel}: {stack} bytes of stack" for kernel, stack in stacks.items() if stack > 0]
+    assert not faults, "\n".join(faults)

@@ -16,6 +16,8 @@ struct ExchangeSm90 {
   static constexpr int kVectors = kChunkSums / kVectorSums;
   static constexpr int kVectorBytes = kChunkBytes / kVectors;  // of all threads
   using Sums = typename Consumer::Sums;
+  // Few sums are sent by stores that their receiver counts; of many, each such store costs more than a meeting of the cluster does.
+  static constexpr bool kCounted = kTile.block_m * kTile.block_n() <= 4096;
 
   const Consumer& consumer;
   const int splits;
@@ -23,7 +25,7 @@ struct ExchangeSm90 {
   const uint32_t own_place;       // of this thread, in the first chunk of the first split
 
   static __device__ __forceinline__ ExchangeSm90 of(const Consumer& consumer, int splits) {
-    const uint32_t bytes = (kChunks + splits - 1) / splits * kChunkBytes;
+    const uint32_t bytes = owned_chunks(kTile, splits) * kChunkBytes;
     return {consumer, splits, bytes,
             consumer.smem + consumer.warpgroup * bytes + threadIdx.x % kWarpgroupThreads * uint32_t{sizeof(float4)}};
   }
@@ -31,19 +33,33 @@ struct ExchangeSm90 {
 
   __device__ __forceinline__ void send(const Sums& sums) const {
     uint32_t at = own_place + consumer.split() * split_bytes();
-    int to = 0;
+    int to = 0;  // blocks that split k share no activations: the number of the split is that of the block
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         const float* v = sums[c / kPanelChunks] + c % kPanelChunks * kChunkSums + i * kVectorSums;
-        ptx::store_remote(at + i * kVectorBytes, to * consumer.args.share + consumer.share_rank(),
-                          make_float4(v[0], v[1], v[2], v[3]));
+        const uint32_t place = ptx::remote_address(at + i * kVectorBytes, to);
+        const float4 vector = make_float4(v[0], v[1], v[2], v[3]);
+        if constexpr (kCounted) {
+          ptx::store_remote_counted(place, ptx::remote_address(consumer.received(), to), vector);
+        } else {
+          ptx::store_remote(place, vector);
+        }
       }
       if (++to == splits) {
         to = 0;
         at += kChunkBytes;
       }
+    }
+  }
+
+  // All sums of the block's chunks are here.
+  __device__ __forceinline__ void wait() const {
+    if constexpr (kCounted) {
+      ptx::mbarrier_wait_cluster(consumer.received(), 0);
+    } else {
+      ptx::cluster_sync();
     }
   }
 

@@ -156,11 +156,17 @@ __global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(), kTilesDeco
 
   if (warp == kTile.warps()) {
     const Loader loader{{args, smem}};
-    if (lane == 0) loader.init_chunk_barriers();
+    typename Loader::State state;
+    const bool asks = ptx::elect_one();
+    if (asks) ptx::prefetch_map(&args.acts_map);
+    if (asks && Loader::kScaled) ptx::prefetch_map(&args.scales_map);
+    loader.init_barriers(lane);
+    if (asks) state = loader.begin();
+    if (asks && args.gemm.splits > 1) loader.expect_sums();
     __syncwarp();  // the barriers that follow want all lanes at once
     __syncthreads();
     if (args.gemm.splits > 1) ptx::cluster_arrive();
-    if (ptx::elect_one()) loader.run();
+    if (asks) loader.run(state);
     return;
   }
   const Warp mine{{args, smem},

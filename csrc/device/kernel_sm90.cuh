@@ -23,13 +23,14 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
   const int splits = args.gemm.splits;
   const Pipeline pipeline{args, smem};
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
-  const bool alone = args.share * splits == 1;  // in its cluster
+  const bool shares = args.share > 1;  // then the others' barriers must be ready before anything is copied
 
-  if (threadIdx.x == 0) pipeline.init_barriers();
-  if (alone) {
-    __syncthreads();
-  } else {
+  if (threadIdx.x < format::kLanes) pipeline.init_barriers(threadIdx.x);
+  if (threadIdx.x == kTile.consumers * kWarpgroupThreads) Producer{pipeline}.prefetch_maps();
+  if (shares) {
     ptx::cluster_meet();
+  } else {
+    __syncthreads();
   }
 
   if (warpgroup == kTile.consumers) {
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
     if constexpr (kTile.may_split()) {
       if (splits > 1) {  // the consumers' exchange
         ptx::cluster_meet();
-        ptx::cluster_sync();
+        if constexpr (!Exchange::kCounted) ptx::cluster_sync();
       }
     }
   } else {
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
           const Exchange exchange = Exchange::of(consumer, splits);
           ptx::cluster_meet();  // nobody reads its stages any more
           exchange.send(sums);
-          ptx::cluster_sync();
+          exchange.wait();
           end.store_owned(exchange, work, feature0);
           continue;
         }
@@ -70,8 +71,7 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
     }
     if (threadIdx.x % kWarpgroupThreads == 0) ptx::bulk_wait_read();  // the staging bytes must live until they are read
   }
-  // shared memory must outlive the other block's arrivals and copies; where there was an exchange, they came before it
-  if (!alone && splits == 1) ptx::cluster_meet();
+  if (shares) ptx::cluster_meet();  // shared memory must outlive the other block's arrivals and copies
 #endif
 }
 

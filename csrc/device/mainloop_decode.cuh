@@ -56,48 +56,76 @@ struct DecodePlaces {
   __device__ __forceinline__ uint32_t empty(uint32_t full) const { return full + args.smem.chunks * kBarrierBytes; }
 
   __device__ __forceinline__ uint32_t received_full() const { return smem + args.smem.received_full; }
-  __device__ __forceinline__ void init_chunk_barriers() const {
-    if (args.gemm.splits > 1) {
-      const int vectors = owned_vectors(kTile, args.smem.rows, args.gemm.splits, ptx::cluster_block());
-      ptx::mbarrier_init(received_full(), 1);
-      ptx::mbarrier_arrive_expect(received_full(), (args.gemm.splits - 1) * vectors * kVectorBytes);  // from the others
-    }
-    for (int i = 0; i < args.smem.chunks; ++i) {
-      const uint32_t full = smem + args.smem.chunk_full + i * kBarrierBytes;
-      ptx::mbarrier_init(full, 1);
-      ptx::mbarrier_init(empty(full), kTile.warps());
-    }
-    ptx::mbarrier_init_fence();
-  }
 };
 
-// One thread that brings what the warps share, a chunk at a time.
+// The warp that brings what the others share, a chunk at a time; one thread of it asks.
 template <TileDecode kTile, ScaleMode kMode>
 struct DecodeLoader : DecodePlaces<kTile, kMode> {
   using Base = DecodePlaces<kTile, kMode>;
   using Base::args;
+  using Base::smem;
 
-  __device__ __forceinline__ void run() const {
-    ptx::prefetch_map(&args.acts_map);
-    if (Base::kScaled) ptx::prefetch_map(&args.scales_map);
+  struct State {
+    int tile;
+    int col;
+    int left;  // chunks of the tile
+    int token0, feature0;
+    RingPlace chunk;
+  };
+  __device__ __forceinline__ void begin_tile(State& s, int tile) const {
+    s.tile = tile;
+    if (tile >= args.tiles) return;
+    const BlockWork work = this->work(tile);
+    s.token0 = work.tile_m * kTile.block_m;
+    s.feature0 = work.tile_n * kTile.block_n();
+    s.col = this->first_col();
+    s.left = args.turns * kTile.turn_cols;
+  }
+  __device__ __forceinline__ void ask(State& s) const {
+    // boxes are always whole: what is past the end arrives as zeros
+    ptx::mbarrier_arrive_expect(s.chunk.barrier, args.smem.copied_bytes);
+    ptx::tensor_load_3d(s.chunk.at, &args.acts_map, 0, s.token0, s.col * kHalves, s.chunk.barrier);
+    if (Base::kScaled) {
+      ptx::tensor_load(s.chunk.at + args.smem.scales, &args.scales_map, s.feature0,
+                       s.col * format::kTileCols >> args.gemm.group_shift, s.chunk.barrier);
+    }
+    this->advance(s.chunk);
+    s.col += args.col_step;
+    if (--s.left == 0) begin_tile(s, s.tile + gridDim.x);
+  }
+
+  // Its barriers; all lanes.
+  __device__ __forceinline__ void init_barriers(int lane) const {
+    if (lane < args.smem.chunks) {
+      const uint32_t full = smem + args.smem.chunk_full + lane * kBarrierBytes;
+      ptx::mbarrier_init(full, 1);
+      ptx::mbarrier_init(this->empty(full), kTile.warps());
+    }
+    ptx::mbarrier_init_fence();
+    __syncwarp();
+  }
+  // The first round of the ring, before the other warps know of it: copies are served in the order in which they were asked for, and
+  // behind a ring of weights activations would be the last to arrive.
+  __device__ __forceinline__ State begin() const {
     ptx::grid_dependency_wait();
     ptx::grid_launch_dependents();
-    RingPlace chunk = this->first_chunk();
-    for (int tile = this->first_tile(); tile < args.tiles; tile += gridDim.x) {
-      const BlockWork work = this->work(tile);
-      const int token0 = work.tile_m * kTile.block_m, feature0 = work.tile_n * kTile.block_n();
-      int col = this->first_col();
-      for (int i = args.turns * kTile.turn_cols; i > 0; --i, col += args.col_step) {
-        ptx::mbarrier_wait(this->empty(chunk.barrier), chunk.parity ^ 1);  // a fresh barrier counts as passed
-        // boxes are always whole: what is past the end arrives as zeros
-        ptx::mbarrier_arrive_expect(chunk.barrier, args.smem.copied_bytes);
-        ptx::tensor_load_3d(chunk.at, &args.acts_map, 0, token0, col * kHalves, chunk.barrier);
-        if (Base::kScaled) {
-          ptx::tensor_load(chunk.at + args.smem.scales, &args.scales_map, feature0,
-                           col * format::kTileCols >> args.gemm.group_shift, chunk.barrier);
-        }
-        this->advance(chunk);
-      }
+    State s;
+    s.chunk = this->first_chunk();
+    begin_tile(s, this->first_tile());
+    for (int i = args.smem.chunks; i > 0 && s.tile < args.tiles; --i) ask(s);
+    return s;
+  }
+  // What the blocks of the cluster will send.
+  __device__ __forceinline__ void expect_sums() const {
+    const int vectors = owned_vectors(kTile, args.smem.rows, args.gemm.splits, ptx::cluster_block());
+    ptx::mbarrier_init(this->received_full(), 1);
+    ptx::mbarrier_arrive_expect(this->received_full(), (args.gemm.splits - 1) * vectors * kVectorBytes);
+    ptx::mbarrier_init_fence();
+  }
+  __device__ __forceinline__ void run(State& s) const {
+    while (s.tile < args.tiles) {
+      ptx::mbarrier_wait(this->empty(s.chunk.barrier), s.chunk.parity ^ 1);
+      ask(s);
     }
   }
 };
@@ -110,10 +138,6 @@ struct DecodeWarp : DecodePlaces<kTile, kMode> {
   using Base::kScaled;
   static constexpr int kSlices = kTile.slices;
   static constexpr int kBlocks = kTile.token_blocks();
-  static constexpr bool kAllRows = keeps_all_rows(kTile);
-  // Scales multiply the sums of their group where these are few, otherwise the weights.
-  static constexpr bool kScalesWeights = kScaled && kBlocks > 2;
-  static constexpr bool kScalesSums = kScaled && !kScalesWeights;
   static constexpr int kSliceBytes = format::slice_bytes(kBits);
   static constexpr int kCols = kTile.turn_cols;
   static constexpr int kColBytes = kSlices * kSliceBytes;
@@ -148,20 +172,22 @@ struct DecodeWarp : DecodePlaces<kTile, kMode> {
     return reinterpret_cast<const char*>(p.weights) + row_tile * p.weights_row_words * format::kWordBytes +
            row % format::kTileRows / format::kSliceRows * kSliceBytes;
   }
+  // One thread's.
+  __device__ __forceinline__ void copy(const Stream& s, uint32_t stage, uint32_t barrier) const {
+    // weights that one row of blocks reads must not push activations out of L2
+    const uint64_t policy = args.gemm.tiles_m == 1 ? ptx::policy_evict_first() : ptx::policy_evict_normal();
+    ptx::mbarrier_arrive_expect(barrier, kStageBytes);
+#pragma unroll
+    for (int j = 0; j < kCols; ++j) {
+      // column tiles past the end: the last one again, times zero activations
+      const int col = min(s.col + j * args.col_step, args.cols - 1);
+      ptx::bulk_load(stage + j * kColBytes, s.from + static_cast<int64_t>(col) * format::tile_bytes(kBits), kColBytes,
+                     barrier, policy);
+    }
+  }
   __device__ __forceinline__ void ask(Stream& s, uint32_t stage, uint32_t barrier) const {
     if (s.tile >= args.tiles) return;
-    if (ptx::elect_one()) {
-      // weights that one row of blocks reads must not push activations out of L2
-      const uint64_t policy = args.gemm.tiles_m == 1 ? ptx::policy_evict_first() : ptx::policy_evict_normal();
-      ptx::mbarrier_arrive_expect(barrier, kStageBytes);
-#pragma unroll
-      for (int j = 0; j < kCols; ++j) {
-        // column tiles past the end: the last one again, times zero activations
-        const int col = min(s.col + j * args.col_step, args.cols - 1);
-        ptx::bulk_load(stage + j * kColBytes, s.from + static_cast<int64_t>(col) * format::tile_bytes(kBits), kColBytes,
-                       barrier, policy);
-      }
-    }
+    if (ptx::elect_one()) copy(s, stage, barrier);
     s.col += kCols * args.col_step;
     if (--s.left == 0) {
       s.col = this->first_col() + warp_k;
@@ -174,30 +200,36 @@ struct DecodeWarp : DecodePlaces<kTile, kMode> {
   __device__ __forceinline__ void advance_stage(RingPlace& stage) const {
     stage.advance(kStageBytes, ring, arrived, args.smem.stages);
   }
-  // The ring's barriers, and its first bytes. Weights depend on no kernel before this one.
-  __device__ __forceinline__ Stream start() const {
-    if (lane < args.smem.stages) ptx::mbarrier_init(arrived + lane * kBarrierBytes, 1);
-    ptx::mbarrier_init_fence();
-    __syncwarp();
-    const int tile = this->first_tile();
-    Stream s{weights_of(tile), this->first_col() + warp_k, args.turns, tile};
-    RingPlace stage = first_stage();
-    for (int i = 0; i < args.smem.stages; ++i) {
-      ask(s, stage.at, stage.barrier);
-      advance_stage(stage);
+  // Where the warp's stream is after so many turns.
+  __device__ __forceinline__ Stream after(int turns) const {
+    int tile = this->first_tile();
+    if (turns >= args.turns) {
+      const int tiles = turns / args.turns;
+      turns -= tiles * args.turns;
+      tile += tiles * gridDim.x;
     }
-    return s;
+    return {tile < args.tiles ? weights_of(tile) : nullptr,
+            this->first_col() + warp_k + turns * (kCols * args.col_step), args.turns - turns, tile};
+  }
+  // The ring's barriers, and its first bytes: a lane for a stage. Weights depend on no kernel before this one.
+  __device__ __forceinline__ Stream start() const {
+    if (lane < args.smem.stages) {
+      const uint32_t barrier = arrived + lane * kBarrierBytes;
+      ptx::mbarrier_init(barrier, 1);
+      ptx::mbarrier_init_fence();
+      const Stream first = after(lane);
+      if (first.tile < args.tiles) copy(first, ring + lane * kStageBytes, barrier);
+    }
+    __syncwarp();
+    return after(args.smem.stages);
   }
 
   // --- column tiles ------------------------------------------------------------------------------------------------------
   struct Places {    // of this lane
     uint32_t codes;  // bytes from the start of a stage
     uint32_t meta;
-    uint32_t tokens[kHalves][kAllRows ? 1 : kBlocks];  // bytes from the start of a chunk
+    uint32_t tokens[kHalves][kBlocks];  // bytes from the start of a chunk
     uint32_t scales;
-    __device__ __forceinline__ uint32_t tokens_at(int half, int block) const {
-      return kAllRows ? tokens[half][0] + block * kMmaTokens * kSwizzleRowBytes : tokens[half][block];
-    }
   };
   __device__ __forceinline__ Places places() const {
     Places p;
@@ -206,7 +238,7 @@ struct DecodeWarp : DecodePlaces<kTile, kMode> {
 #pragma unroll
     for (int h = 0; h < kHalves; ++h) {
 #pragma unroll
-      for (int q = 0; q < (kAllRows ? 1 : kBlocks); ++q) {
+      for (int q = 0; q < kBlocks; ++q) {
         // tokens that do not exist have no row: read the last one again, the product is never stored
         const int token = min(q * kMmaTokens + lane % kMmaTokens, args.smem.rows - 1);
         const int row = (warp_k * kHalves + h) * args.smem.rows + token;
@@ -258,17 +290,7 @@ struct DecodeWarp : DecodePlaces<kTile, kMode> {
   struct Tile {            // of one column tile, in registers
     uint4 codes[kSlices];  // of the steps of one plane
     uint2 meta[kSlices];
-    uint32_t scales[kSlices];  // kScalesWeights: row g in the low half, row g + 8 in the high half
   };
-  // `scales`: of the chunk
-  __device__ __forceinline__ void load_scales(Tile& t, uint32_t scales, int step) const {
-    const uint32_t from = scales + group_row(step) * kTile.block_n() * kActBytes;
-#pragma unroll
-    for (int s = 0; s < kSlices; ++s) {
-      const uint32_t at = from + s * format::kSliceRows * kActBytes;
-      t.scales[s] = ptx::load_shared_16(at) | ptx::load_shared_16(at + format::kHalfRows * kActBytes) << 16;
-    }
-  }
   __device__ __forceinline__ void load_codes(Tile& t, uint32_t from, const Places& places, int plane) const {
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {
@@ -296,19 +318,17 @@ struct DecodeWarp : DecodePlaces<kTile, kMode> {
         constexpr int kHalfSteps = format::kSliceSteps / kHalves;
         if (step > 0 && step % kPlaneSteps == 0)
           load_codes(tiles[j], weights + j * kColBytes, places, step / kPlaneSteps);
-        if (kScalesWeights && (step == 0 || kMode == ScaleMode::kSteps))
-          load_scales(tiles[j], chunks[j] + places.scales, step);
         const auto activations = [&](int q) {
           // an odd step begins with piece 4 of 8: the swizzle keeps that bit apart
           const uint32_t at =
-              places.tokens_at(step / kHalfSteps, q) ^ (step % kHalfSteps * (kSwizzleRowBytes / kHalfSteps));
+              places.tokens[step / kHalfSteps][q] ^ (step % kHalfSteps * (kSwizzleRowBytes / kHalfSteps));
           return ptx::ldmatrix_x4(chunks[j] + at);
         };
         const auto mma = [&](const ptx::FragA& w, const ptx::FragB& x, int s, int q) {
           // here problem space becomes instruction space: weights are the sparse operand a, activations are b
-          ptx::FragD& d = kScalesSums ? groups[j].d[s][q] : sums.d[s][q];
+          ptx::FragD& d = kScaled ? groups[j].d[s][q] : sums.d[s][q];
           const uint32_t e = step < 2 ? tiles[j].meta[s].x : tiles[j].meta[s].y;
-          if (kScalesSums && kMode == ScaleMode::kSteps) d = {};
+          if (kScaled && kMode == ScaleMode::kSteps) d = {};
           if (step % 2 == 0) {
             ptx::mma_sp<Act, 0>(d, w, x, e);
           } else {
@@ -317,7 +337,7 @@ struct DecodeWarp : DecodePlaces<kTile, kMode> {
         };
         constexpr int kPair = kSlices == 2 ? 2 : 1;  // as many as the registers hold
         const auto scale = [&](int s) {
-          if (kScalesSums && kMode == ScaleMode::kSteps && s % kPair == kPair - 1)
+          if (kScaled && kMode == ScaleMode::kSteps && s % kPair == kPair - 1)
             add_scaled(sums, groups[j], chunks[j] + places.scales, step, s - s % kPair, kPair);
         };
         // whichever has fewer registers is kept
@@ -326,7 +346,6 @@ struct DecodeWarp : DecodePlaces<kTile, kMode> {
 #pragma unroll
           for (int s = 0; s < kSlices; ++s) {
             w[s] = dequantize(tiles[j].codes[s], step);
-            if (kScalesWeights) apply_packed_scales<Act>(w[s], tiles[j].scales[s]);
           }
 #pragma unroll
           for (int q = 0; q < kBlocks; ++q) {
@@ -343,7 +362,6 @@ struct DecodeWarp : DecodePlaces<kTile, kMode> {
 #pragma unroll
           for (int s = 0; s < kSlices; ++s) {
             ptx::FragA w = dequantize(tiles[j].codes[s], step);
-            if (kScalesWeights) apply_packed_scales<Act>(w, tiles[j].scales[s]);
 #pragma unroll
             for (int q = 0; q < kBlocks; ++q) mma(w, x[q], s, q);
             scale(s);
@@ -351,7 +369,7 @@ struct DecodeWarp : DecodePlaces<kTile, kMode> {
         }
       }
     }
-    if (kScalesSums && kMode == ScaleMode::kTiles) {
+    if (kScaled && kMode == ScaleMode::kTiles) {
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) add_scaled(sums, groups[j], chunks[j] + places.scales, 0, 0, kSlices);
     }

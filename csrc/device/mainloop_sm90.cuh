@@ -72,10 +72,17 @@ struct PipelineSm90 {
     return (w.tile_n * args.share + share_rank()) * kTile.block_n();
   }
 
-  __device__ __forceinline__ void init_barriers() const {
-    for (int i = 0; i < kSmem.stages; ++i) {
-      ptx::mbarrier_init(full(i), kMode == ScaleMode::kNone ? 2 : 3);  // the producer's threads
-      ptx::mbarrier_init(empty(i), args.share * kTile.consumers * (kWarpgroupThreads / format::kLanes));
+  __device__ __forceinline__ uint32_t received() const { return smem + kSmem.received; }
+
+  // By the threads of one warp, side by side.
+  __device__ __forceinline__ void init_barriers(int lane) const {
+    if (lane < kSmem.stages) {
+      ptx::mbarrier_init(full(lane), kMode == ScaleMode::kNone ? 2 : 3);  // the producer's threads
+      ptx::mbarrier_init(empty(lane), args.share * kTile.consumers * (kWarpgroupThreads / format::kLanes));
+    }
+    if (lane == 0 && args.gemm.splits > 1) {
+      ptx::mbarrier_init(received(), 1);
+      ptx::mbarrier_arrive_expect(received(), exchange_bytes(kTile, args.gemm.splits, split()));
     }
     ptx::mbarrier_init_fence();
   }
@@ -105,9 +112,15 @@ struct ProducerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
     }
   }
 
+  // A copy cannot start without its map, so they are asked for first of all. One thread's.
+  __device__ __forceinline__ void prefetch_maps() const {
+    ptx::prefetch_map(&args.weights_map);
+    ptx::prefetch_map(&args.acts_map);
+    if (kMode != ScaleMode::kNone) ptx::prefetch_map(&args.scales_map);
+  }
+
   // Weights depend on no kernel before this one, so nothing is waited for.
   __device__ __forceinline__ void load_weights() const {
-    ptx::prefetch_map(&args.weights_map);
     // weights that one row of blocks reads must not push activations out of L2
     const uint64_t policy = args.gemm.tiles_m == 1 ? ptx::policy_evict_first() : ptx::policy_evict_normal();
     for_each_stage([&](const BlockWork& work, int col, int stage) {
@@ -121,7 +134,6 @@ struct ProducerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
   // Scales may be an aligned copy that the kernel before this one made.
   __device__ __forceinline__ void load_scales() const {
     if (kMode == ScaleMode::kNone) return;
-    ptx::prefetch_map(&args.scales_map);
     ptx::grid_dependency_wait();
     for_each_stage([&](const BlockWork& work, int col, int stage) {
       const uint32_t barrier = this->full(stage);
@@ -135,10 +147,9 @@ struct ProducerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
   __device__ __forceinline__ void load_acts() const {
     static_assert(kMaxShare == kHalves);
     constexpr int kHalfBytes = kTile.block_m * kSwizzleRowBytes;
-    ptx::prefetch_map(&args.acts_map);
     ptx::grid_dependency_wait();
     ptx::grid_launch_dependents();
-    const uint16_t blocks = static_cast<uint16_t>(((1 << kMaxShare) - 1) << (this->split() * kMaxShare));
+    constexpr uint16_t kBlocks = (1 << kMaxShare) - 1;
     for_each_stage([&](const BlockWork& work, int col, int stage) {
       const uint32_t to = this->acts_at(stage), barrier = this->full(stage);
       const int token = work.tile_m * kTile.block_m, column = col * format::kTileCols;
@@ -146,7 +157,7 @@ struct ProducerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
       if (args.share > 1) {
         const int half = this->share_rank();
         ptx::tensor_load_multicast(to + half * kHalfBytes, &args.acts_map, column + half * kHalfCols, token, barrier,
-                                   blocks);
+                                   kBlocks);
       } else {
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {

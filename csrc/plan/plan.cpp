@@ -100,6 +100,10 @@ void build_sm90(Candidate& c, const Problem& problem, const Device& device, int 
     c.rejected = "does not split k";
     return;
   }
+  if (splits > 1 && tile.share > 1) {
+    c.rejected = "blocks that share activations do not split k";
+    return;
+  }
   if (splits > 1 && exchange_bytes(shape, splits) > smem.staging) {
     c.rejected = "no room to exchange the sums of " + std::to_string(splits) + " splits";
     return;

@@ -18,7 +18,6 @@ namespace sparse_marlin {
 
 inline constexpr int kMaxStagesDecode = 6;
 inline constexpr int kMinStagesDecode = 2;
-inline constexpr int kMaxChunks = 4;
 inline constexpr int kSmemPerBlock = 1024;  // what the system takes of an SM's shared memory for a block
 inline constexpr int kDecodeColMultiple =
     kHalfCols;  // activations are copied by 64 columns; k must be a multiple of it
@@ -37,11 +36,8 @@ constexpr int turns(const TileDecode& t, int64_t k, int splits) {
   return static_cast<int>((format::col_tiles(k) + cols - 1) / cols);
 }
 
-// Tiles of many tokens keep rows for all, zeros where there are none, so that their addresses follow from one.
-constexpr bool keeps_all_rows(const TileDecode& t) { return t.token_blocks() > 2; }
-
 struct SmemDecode {
-  int rows;          // tokens kept: those that exist, or all
+  int rows;          // tokens that exist
   int copied_bytes;  // of a chunk, by its two copies
   int scales;        // offset in a chunk
   int chunk_bytes;
@@ -66,7 +62,7 @@ constexpr int owned_vectors(const TileDecode& t, int rows, int splits, int rank 
 
 constexpr SmemDecode smem_decode(const TileDecode& t, const Problem& p, int splits, int stages, int chunks) {
   SmemDecode s{};
-  s.rows = keeps_all_rows(t) ? t.block_m : static_cast<int>(std::min<int64_t>(p.m, t.block_m));
+  s.rows = static_cast<int>(std::min<int64_t>(p.m, t.block_m));
   const int acts = t.warps_k * kHalves * s.rows * kSwizzleRowBytes;
   const int scales = chunk_scale_rows(t, p.group_size) * t.block_n() * kActBytes;
   s.copied_bytes = acts + scales;
@@ -86,20 +82,20 @@ constexpr SmemDecode smem_decode(const TileDecode& t, const Problem& p, int spli
   return s;
 }
 
-// The layout that fits `room` bytes: as many chunks and then stages as a warp has use for, but two turns of weights come first, being
-// farther away than activations. stages == 0 where nothing fits.
+// The layout that fits `room` bytes: the rings of weights and of chunks hold the same number of turns, as many as a warp has use for;
+// then as many stages more as there is room for. stages == 0 where nothing fits.
 constexpr SmemDecode fitting_smem_decode(const TileDecode& t, const Problem& p, int splits, bool walks, int room) {
   const int needed = turns(t, p.k, splits);
-  const int most_stages = walks ? kMaxStagesDecode : std::clamp(needed, kMinStagesDecode, kMaxStagesDecode);
-  const int most_chunks = walks ? kMaxChunks : std::clamp(needed * t.turn_cols, t.turn_cols + 1, kMaxChunks);
-  const int wanted = std::min(most_stages, t.turn_cols > 1 ? kMinStagesDecode : kMinStagesDecode + 1);
-  for (int chunks = most_chunks; chunks > t.turn_cols; --chunks) {
-    for (int stages = most_stages; stages >= (chunks > t.turn_cols + 1 ? wanted : kMinStagesDecode); --stages) {
-      const SmemDecode s = smem_decode(t, p, splits, stages, chunks);
-      if (s.size <= room) return s;
-    }
+  const int most = walks ? kMaxStagesDecode : std::clamp(needed, kMinStagesDecode, kMaxStagesDecode);
+  for (int depth = most; depth >= kMinStagesDecode; --depth) {
+    const int chunks = depth * t.turn_cols;
+    if (smem_decode(t, p, splits, depth, chunks).size > room) continue;
+    int stages = depth;
+    while (stages < most && smem_decode(t, p, splits, stages + 1, chunks).size <= room) ++stages;
+    return smem_decode(t, p, splits, stages, chunks);
   }
-  return SmemDecode{};
+  const SmemDecode least = smem_decode(t, p, splits, kMinStagesDecode, t.turn_cols + 1);
+  return least.size <= room ? least : SmemDecode{};
 }
 
 // Output tiles of a problem.

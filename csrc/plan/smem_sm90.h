@@ -3,7 +3,7 @@
 //   acts      [stage][half][token][64 columns], 128-byte swizzled
 //   weights   [stage] of { row tiles of packed weights | scales [rows][block_n] }
 //   staging   [consumer][token of a pass][64 features], 128-byte swizzled: the output on its way to global memory
-//   barriers  [stage] full, then [stage] empty
+//   barriers  [stage] full, then [stage] empty, then received: where k is split, the sums that the block owns
 // Where k is split over a cluster, its sums are exchanged in the bytes of acts and weights, once these are done with.
 #pragma once
 #include <algorithm>
@@ -40,6 +40,7 @@ struct SmemSm90 {
   int staging;
   int full;
   int empty;
+  int received;
   int size;  // with room to align the start
 };
 
@@ -65,21 +66,26 @@ constexpr SmemSm90 smem_sm90(const ShapeSm90& t, int num_bits, ScaleMode mode) {
   s.pass_tokens = pass_tokens(t.block_m);
   s.store_tokens = std::gcd(t.block_m, s.pass_tokens);
   s.staging_bytes = s.pass_tokens * kSwizzleRowBytes;
-  const int fixed = t.consumers * s.staging_bytes + 2 * kMaxStagesSm90 * kBarrierBytes + 2 * kSwizzleAlign;
+  const int fixed = t.consumers * s.staging_bytes + (2 * kMaxStagesSm90 + 1) * kBarrierBytes + 2 * kSwizzleAlign;
   s.stages = std::min(kMaxStagesSm90, (max_smem(t) - fixed) / (s.acts_bytes + s.weights_bytes));
   s.weights = s.stages * s.acts_bytes;
   s.staging = round_up(s.weights + s.stages * s.weights_bytes, kSwizzleAlign);
   s.full = s.staging + t.consumers * s.staging_bytes;
   s.empty = s.full + s.stages * kBarrierBytes;
-  s.size = s.empty + s.stages * kBarrierBytes + kSwizzleAlign;
+  s.received = s.empty + s.stages * kBarrierBytes;
+  s.size = s.received + kBarrierBytes + kSwizzleAlign;
   return s;
 }
 
 // Splits of k: a block gets every block's sums of the chunks it owns (device/exchange_sm90.cuh) where the stages were.
 inline constexpr int kChunkBytes = kChunkTokens * format::kTileRows * static_cast<int>(sizeof(float));
 constexpr int consumer_chunks(const ShapeSm90& t) { return t.panels * t.block_m / kChunkTokens; }
-constexpr int exchange_bytes(const ShapeSm90& t, int splits) {
-  return splits * t.consumers * ((consumer_chunks(t) + splits - 1) / splits) * kChunkBytes;
+// Of a consumer, that block `rank` of the splits owns; at most that many of block 0.
+constexpr int owned_chunks(const ShapeSm90& t, int splits, int rank = 0) {
+  return (consumer_chunks(t) - rank + splits - 1) / splits;
+}
+constexpr int exchange_bytes(const ShapeSm90& t, int splits, int rank = 0) {
+  return splits * t.consumers * owned_chunks(t, splits, rank) * kChunkBytes;
 }
 
 constexpr bool fits_sm90() {

@@ -59,13 +59,23 @@ __device__ __forceinline__ void cluster_sync() {
 __device__ __forceinline__ void cluster_meet() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
-// Four floats into the shared memory of another block of the cluster, at the address that would be `address` here.
-__device__ __forceinline__ void store_remote(uint32_t address, int block, float4 v) {
+// Four floats to a remote address.
+__device__ __forceinline__ void store_remote(uint32_t address, float4 v) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z),
+               "f"(v.w)
+               : "memory");
+}
+
+// Four floats from the shared memory of another block of the cluster, from the address that would be `address` here.
+__device__ __forceinline__ float4 load_remote(uint32_t address, int block) {
+  float4 v;
   asm volatile(
-      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n}" ::"r"(address),
-      "r"(block), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "r"(address), "r"(block)
       : "memory");
+  return v;
 }
 
 // The two halves of cluster_meet, for what is to be done in between.
