@@ -163,7 +163,7 @@ def test_the_default_quality_aims_at_what_the_dense_model_returns(monkeypatch):
         return magnitude(dataclasses.replace(problem, step=lambda _: None))
 
     monkeypatch.setitem(SOLVERS, "joint", spy)
-    weights = {name: module.weight.clone() for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    weights = {n: m.weight.detach().clone() for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     compress(model, ids, group_size=32)
     ours = inputs_of(model, first, ids)
     assert len(problems) == len(dense) == len(ours) == 8
@@ -230,8 +230,8 @@ def test_what_is_kept_inside_a_block_saves_work_and_changes_nothing(monkeypatch)
         monkeypatch.setattr(layerwise, "_KEEP_INSIDE_BYTES", limit)
         model, calls = llama(), []
         for block in model.model.layers:
-            block.self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
-            block.mlp.act_fn.register_forward_pre_hook(lambda *_: calls.append(1))
+            block.self_attn.register_forward_pre_hook(lambda *_, seen=calls: seen.append(1))
+            block.mlp.act_fn.register_forward_pre_hook(lambda *_, seen=calls: seen.append(1))
         compress(model, tokens(), group_size=32)
         found.append(tensors(model))
         counts.append(len(calls))

@@ -120,6 +120,7 @@ class _Search:
             if iteration % hold == 0:
                 step()
                 rho = _RHO * growth ** (iteration // hold)
+                matrix = self._space.matrix  # lets go of the inverse before, which is large
                 matrix = self._space.inverse(rho).mul_(rho)
             torch.addmm(self._carried, matrix, self._behind, out=self.sought)
             ratio = 1 / growth if (iteration + 1) % hold == 0 else 1.0

@@ -6,8 +6,8 @@
 | magnitude | two largest weights | least squares on the weights | no calibration used |
 | wanda | two largest weights times input norms | nearest, scales clipped by input norms | one pass |
 | sparsegpt | optimal brain surgery, column by column | in the same sweep | one sweep |
-| alps | ADMM | coordinate descent on that pattern | 36 products of the size of a layer |
-| joint | ADMM on the stored grid, then descent that moves patterns and codes | least-squares scales | 60 products |
+| alps | ADMM | coordinate descent on that pattern | 50 products of the size of a layer |
+| joint | ADMM on the stored grid, then descent that moves patterns and codes | least-squares scales | 65 products |
 """
 
 from __future__ import annotations
