@@ -5,11 +5,16 @@
 `anarchism` (An Anarchist FAQ, GFDL, 11 million characters of prose) is cut into a part for calibration and one for
 evaluation; `debian-handbook` (GPL-2+ or CC-BY-SA-3.0, technical) is the second corpus. Versions are pinned and the
 packages' SHA-256 is checked, so the texts are the same everywhere. Needs apt-get and dpkg-deb.
+
+What is chosen (damping, say) is chosen on `validation_texts`, which has nothing of the two evaluation texts: the last
+eighth of the calibration part, calibration being on the rest; a book (`cfi-en`, public domain); and the topics of
+Python's `help`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import pydoc_data.topics
 import re
 import subprocess
 import sys
@@ -30,6 +35,7 @@ class Package:
     version: str
     sha256: str
     pages: str  # glob below the package's root
+    encoding: str = "utf-8"
 
 
 ANARCHISM = Package(
@@ -44,6 +50,14 @@ HANDBOOK = Package(
     "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa",
     "usr/share/doc/debian-handbook/html/en-US/*.html",
 )
+BOOK = Package(
+    "cfi-en",
+    "3.0-10.2",
+    "a080fc8f3b1a36c645b22f769fec4acc2f0cded42bcc5d5865c846845c897da2",
+    "usr/share/doc/cfi-en/html/ch*web.htm",
+    "cp1252",
+)
+VALIDATION_SHARE = 1 / 8  # of the calibration text
 
 
 class _Prose(HTMLParser):
@@ -91,7 +105,7 @@ def pages(package: Package, cache: Path) -> list[str]:
             raise RuntimeError(f"{archive.name}: expected SHA-256 {package.sha256}, got {found}")
         subprocess.run(["dpkg-deb", "--extract", archive.name, "root"], cwd=folder, check=True)
         paths = sorted(Path(folder, "root").glob(package.pages))
-        return [plain(path.read_text(encoding="utf-8", errors="replace")) for path in paths]
+        return [plain(path.read_text(encoding=package.encoding, errors="replace")) for path in paths]
 
 
 def texts() -> dict[str, Path]:
@@ -110,6 +124,17 @@ def texts() -> dict[str, Path]:
         for path, content in zip(names.values(), contents, strict=True):
             path.write_text(content, encoding="utf-8")
     return names
+
+
+def validation_texts() -> tuple[str, dict[str, str]]:
+    """The text to calibrate on while something is being chosen, and the texts that choose."""
+    text = texts()["calibration"].read_text(encoding="utf-8")
+    cut = int(len(text) * (1 - VALIDATION_SHARE))
+    book = cache_dir() / "texts" / f"{BOOK.name}-{BOOK.version}.txt"
+    if not book.exists():
+        book.write_text("\n\n".join(pages(BOOK, book.parent)), encoding="utf-8")
+    topics = "\n\n".join(topic for _, topic in sorted(pydoc_data.topics.topics.items()))
+    return text[:cut], {"same corpus": text[cut:], "a book": book.read_text(encoding="utf-8"), "Python topics": topics}
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 import sparse_marlin
 from sparse_marlin import SparseMarlinLinear
 from sparse_marlin.compress import compress
-from sparse_marlin.compress.layerwise import DEFAULT_DAMPING
+from sparse_marlin.compress.layerwise import DEFAULT_DAMPING, FOLLOW
 from sparse_marlin.demo import device_name
 from sparse_marlin.evaluate import PERPLEXITY_PROTOCOL, perplexity
 from sparse_marlin.model import load_model, read_text
@@ -172,6 +172,7 @@ def about(options: argparse.Namespace, device: torch.device, calibration: str, e
         "sparse_marlin": sparse_marlin.__version__,
         "group_size": options.group_size,
         "damping": options.damping,
+        "follow": FOLLOW,
         "calibration": {
             "text": Path(calibration).name,
             "sequences": options.num_sequences,

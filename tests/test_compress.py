@@ -1,6 +1,7 @@
 """compress on whole models: what each layer is calibrated on, atomicity, resumption, masks, fallbacks, bad input."""
 
 import copy
+import dataclasses
 import os
 import resource
 import signal
@@ -134,6 +135,116 @@ def test_each_layer_is_calibrated_on_what_the_compressed_layers_before_it_produc
         torch.testing.assert_close(
             hessian, wanted[name], rtol=2e-3, atol=2e-3 * float(wanted[name].abs().max()), msg=name
         )
+
+
+def inputs_of(model, kinds, ids):
+    """X [T, K] of the linears whose names end in one of `kinds`, in the order of the forward."""
+    seen, handles = [], []
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in kinds:
+            handles.append(
+                module.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1])))
+            )
+    logits(model, ids)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def test_the_default_quality_aims_at_what_the_dense_model_returns(monkeypatch):
+    """The target of every group, against the least-squares weights from the inputs of both models."""
+    model, ids = llama(), tokens(128)
+    first = ("q_proj", "o_proj", "gate_proj", "down_proj")
+    dense = inputs_of(model, first, ids)
+    problems = []
+
+    def spy(problem):
+        problems.append(problem)
+        return magnitude(dataclasses.replace(problem, step=lambda _: None))
+
+    monkeypatch.setitem(SOLVERS, "joint", spy)
+    weights = {n: m.weight.detach().clone() for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    compress(model, ids, group_size=32)
+    ours = inputs_of(model, first, ids)
+    assert len(problems) == len(dense) == len(ours) == 8
+    groups = [("self_attn", "qkv"), ("self_attn", "o"), ("mlp", ("gate", "up")), ("mlp", ("down",))]
+    for index, (problem, x, given) in enumerate(zip(problems, dense, ours, strict=True)):
+        part, kinds = groups[index % 4]
+        weight = torch.cat([weights[f"model.layers.{index // 4}.{part}.{kind}_proj"] for kind in kinds])
+        # min over V of |V X^ - W X|^2 / tokens + damping |V - W|^2
+        damping = problem.hessian.damping * problem.hessian.exact.diagonal().mean()
+        normal = given.t() @ given / len(given) + damping * torch.eye(given.shape[1])
+        wanted = torch.linalg.solve(normal, (given.t() @ x / len(x) + damping * torch.eye(given.shape[1])) @ weight.t())
+        torch.testing.assert_close(problem.target, wanted, rtol=2e-3, atol=2e-3 * float(wanted.abs().max()))
+        if index == 0:
+            torch.testing.assert_close(problem.target, weight.t(), rtol=1e-4, atol=1e-5)
+
+
+def test_following_the_dense_model_brings_the_output_nearer(monkeypatch):
+    ids, other = tokens(128), tokens(16, seed=5)
+    wanted = logits(llama(layers=4, initializer_range=0.1), other)
+    lost = {}
+    for share in (0.0, layerwise.FOLLOW):
+        monkeypatch.setattr(layerwise, "FOLLOW", share)
+        model = llama(layers=4, initializer_range=0.1)
+        compress(model, ids, group_size=32)
+        lost[share] = float((logits(model, other) - wanted).norm() / wanted.norm())
+    assert lost[layerwise.FOLLOW] < 0.95 * lost[0.0]
+
+
+def test_tokens_that_are_routed_elsewhere_are_not_compared():
+    """Experts that see other tokens in the compressed model than in the dense one are fitted without it."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Linear(32, 2)
+            self.experts = nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 32)])
+
+        def forward(self, x):
+            choice, out = self.gate(x).argmax(-1), torch.zeros_like(x)
+            for index, expert in enumerate(self.experts):
+                out[choice == index] = expert(x[choice == index])
+            return x + out
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.blocks = nn.Embedding(40, 32), nn.ModuleList([Block(), Block()])
+
+        def forward(self, ids):
+            x = self.embed(ids)
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    torch.manual_seed(0)
+    report = compress(Net(), torch.randint(0, 40, (64, 8)), group_size=32)
+    assert len(report.converted) == 6
+    assert all(0 < layer.output_error < 1 for layer in report.converted)
+
+
+def test_what_is_kept_inside_a_block_saves_work_and_changes_nothing(monkeypatch):
+    found, counts = [], []
+    for limit in (0, 10**9):
+        monkeypatch.setattr(layerwise, "_KEEP_INSIDE_BYTES", limit)
+        model, calls = llama(), []
+        for block in model.model.layers:
+            block.self_attn.register_forward_pre_hook(lambda *_, seen=calls: seen.append(1))
+            block.mlp.act_fn.register_forward_pre_hook(lambda *_, seen=calls: seen.append(1))
+        compress(model, tokens(), group_size=32)
+        found.append(tensors(model))
+        counts.append(len(calls))
+    assert same(*found)
+    assert counts[1] < counts[0]
+
+
+def test_blocks_after_the_last_compressed_one_are_not_run():
+    model, calls = llama(layers=3), []
+    model.model.layers[2].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+    report = compress(model, tokens(), group_size=32, ignore=["lm_head", r"re:.*layers\.[12]\..*"])
+    assert len(report.converted) == 7
+    assert not calls
 
 
 def test_correction_lowers_the_error_and_belongs_to_the_layer():

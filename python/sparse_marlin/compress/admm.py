@@ -16,9 +16,11 @@ costs one Cholesky inverse: on one core or on a GPU that is several times less w
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 
-from .problem import Problem, Solution, chunks, keep_two
+from .problem import Problem, Solution, chunks, keep_about_two, keep_two
 
 _RHO = 0.1  # of the unit diagonal
 # (iterations, iterations for one rho, growth of rho)
@@ -26,6 +28,7 @@ _SPARSE_SCHEDULE = (36, 4, 1.45)  # alone: until the pattern has settled
 _DRAFT_SCHEDULE = (16, 4, 2.0)  # before joint_codes, which only needs weights to find scales for
 _JOINT_SCHEDULE = (36, 4, 1.4)
 _CONJUGATE_STEPS = 8
+_DRAFT_CONJUGATE_STEPS = 3
 
 
 class _Normalized:
@@ -50,80 +53,94 @@ def sparse_weights(problem: Problem, *, draft: bool = False) -> tuple[torch.Tens
         kept = torch.where(mask, space.target, 0)
     else:
         mask, kept = _search_pattern(problem, space, _DRAFT_SCHEDULE if draft else _SPARSE_SCHEDULE)
-    return _least_squares_on(space, kept, mask) / space.root, mask
+    steps = _DRAFT_CONJUGATE_STEPS if draft and problem.mask is None else _CONJUGATE_STEPS
+    return _least_squares_on(space, kept, mask, steps) / space.root, mask
 
 
 def _search_pattern(
     problem: Problem, space: _Normalized, schedule: tuple[int, int, float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    iterations, hold, growth = schedule
-    kept, multiplier = space.target.clone(), torch.zeros_like(space.target)
-    mask = torch.ones_like(kept, dtype=torch.bool)
-    rho = _RHO
-    inverse = space.matrix
-    for iteration in range(iterations):
-        if iteration % hold == 0:
-            rho = _RHO * growth ** (iteration // hold)
-            inverse = space.inverse(rho)
-            problem.step("pattern")
-        free = _minimize(space, inverse, kept, multiplier, rho)
-        for part in chunks(free):
-            sought = free[part] + multiplier[part] / rho
-            mask[part] = keep_two(sought.square())
-            kept[part] = torch.where(mask[part], sought, 0)
-            multiplier[part] = rho * (sought - kept[part])
-    return mask, kept
+    search = _Search(space)
+    mask = torch.ones_like(space.target, dtype=torch.bool)
+    for sought, ratio, last in search.iterations(schedule, lambda: problem.step("pattern")):
+        for part in chunks(sought):
+            values = sought[part]
+            if last:
+                mask[part] = keep_two(values.square())
+            else:
+                search.settle(part, values, values * keep_about_two(values.square()), ratio)
+    return mask, torch.where(mask, search.sought, 0)
 
 
 def joint_codes(problem: Problem, scales: torch.Tensor) -> Solution:
     """Codes [K, R] on the grid of fixed `scales` [G, R], pattern and codes together."""
     space = _Normalized(problem)
+    search = _Search(space)
     low, high = problem.limits
-    iterations, hold, growth = _JOINT_SCHEDULE
-    step = problem.expand(scales) * space.root  # one code, in normalized coordinates
+    step = problem.expand(scales).mul_(space.root)  # one code, in normalized coordinates
     codes = torch.zeros_like(step)
-    # The start is the dense weight itself: D = W, V = 0 makes the first B the target.
-    kept, multiplier = space.target.clone(), torch.zeros_like(space.target)
-    rho = _RHO
-    inverse = space.matrix
-    for iteration in range(iterations):
-        if iteration % hold == 0:
-            rho = _RHO * growth ** (iteration // hold)
-            inverse = space.inverse(rho)
-            problem.step("codes")
-        free = _minimize(space, inverse, kept, multiplier, rho)
-        for part in chunks(free):
-            sought = free[part] + multiplier[part] / rho
-            places = sought / step[part]
+    diagonal = problem.hessian.diagonal[:, None]
+    for sought, ratio, last in search.iterations(_JOINT_SCHEDULE, lambda: problem.step("codes")):
+        for part in chunks(sought):
+            places = sought[part] / step[part]
             nearest = places.round().clamp_(low, high)
             if problem.mask is None:
-                # What keeping a weight is worth: x^2 - (x - q)^2, in steps squared.
-                worth = (2 * places - nearest) * nearest * step[part].square()
-                nearest *= keep_two(worth)
+                # What keeping a weight is worth: x^2 - (x - q)^2, in scales squared, which are the same for a quad.
+                worth = places.mul_(2).sub_(nearest).mul_(nearest).mul_(diagonal[part])
+                nearest *= keep_two(worth) if last else keep_about_two(worth)
             else:
                 nearest *= problem.mask[part]
-            codes[part] = nearest
-            kept[part] = nearest * step[part]
-            multiplier[part] = rho * (sought - kept[part])
+            if last:
+                codes[part] = nearest
+            else:
+                search.settle(part, sought[part], nearest.mul_(step[part]), ratio)
     return Solution(codes, scales)
 
 
-def _minimize(
-    space: _Normalized, inverse: torch.Tensor, kept: torch.Tensor, multiplier: torch.Tensor, rho: float
-) -> torch.Tensor:
-    """argmin over B of the augmented Lagrangian, `W + (A + rho I)^-1 (rho (D - W) - V)`."""
-    right = torch.sub(kept, space.target).mul_(rho).sub_(multiplier)
-    return torch.addmm(space.target, inverse, right)
+class _Search:
+    """The iteration that both share, in two tensors of the size of the layer.
+
+    With the scaled multiplier U = V / rho, B = W + rho (A + rho I)^-1 (D - W - U), and what is projected is B + U. So
+    `carried` W + U and `behind` D - (W + U) are all that an iteration needs: sought = carried + M behind.
+    """
+
+    def __init__(self, space: _Normalized) -> None:
+        # The start is the dense weight itself: D = W, U = 0 makes the first B the target.
+        self._space = space
+        self._carried, self._behind = space.target.clone(), torch.zeros_like(space.target)
+        self.sought = torch.empty_like(space.target)
+
+    def iterations(
+        self, schedule: tuple[int, int, float], step: Callable[[], None]
+    ) -> Iterator[tuple[torch.Tensor, float, bool]]:
+        """Points to be projected [K, R], each with what `settle` must know of rho, and whether it is the last."""
+        count, hold, growth = schedule
+        matrix = self._space.matrix
+        for iteration in range(count):
+            if iteration % hold == 0:
+                step()
+                rho = _RHO * growth ** (iteration // hold)
+                matrix = self._space.matrix  # lets go of the inverse before, which is large
+                matrix = self._space.inverse(rho).mul_(rho)
+            torch.addmm(self._carried, matrix, self._behind, out=self.sought)
+            ratio = 1 / growth if (iteration + 1) % hold == 0 else 1.0
+            yield self.sought, ratio, iteration == count - 1
+
+    def settle(self, part: slice, sought: torch.Tensor, projected: torch.Tensor, ratio: float) -> None:
+        """The next iteration's state for some rows; `ratio` is rho now over rho then, which keeps V what it is."""
+        torch.sub(sought, projected, out=self._carried[part])
+        torch.add(self._space.target[part], self._carried[part], alpha=ratio, out=self._carried[part])
+        torch.sub(projected, self._carried[part], out=self._behind[part])
 
 
-def _least_squares_on(space: _Normalized, start: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _least_squares_on(space: _Normalized, start: torch.Tensor, mask: torch.Tensor, steps: int) -> torch.Tensor:
     """Conjugate gradients on the support, all rows at once; the unit diagonal is the preconditioner."""
     matrix = space.matrix
     found = start.clone()
     residual = torch.where(mask, matrix @ (space.target - found), 0)
     direction = residual.clone()
     energy = residual.square().sum(0)
-    for _ in range(_CONJUGATE_STEPS):
+    for _ in range(steps):
         moved = torch.where(mask, matrix @ direction, 0)
         length = energy / (direction * moved).sum(0).clamp_min(1e-30)
         found += length * direction

@@ -36,11 +36,24 @@ class Call:
 
 
 @dataclass
+class Ending:
+    """A child of a block that is called once and returns what one of its linears returns: attention ends with its
+    output projection, an MLP with the down projection."""
+
+    child: nn.Module
+    rest: tuple[None, ...] | None  # what follows in the tuple that it returns; None: it returns the tensor
+
+    def output(self, tensor: torch.Tensor) -> Any:
+        return tensor if self.rest is None else (tensor, *self.rest)
+
+
+@dataclass
 class Group:
-    """Linears with the same input, and how often a forward of the block calls the first of them."""
+    """Linears with the same input, how often a forward of the block calls the first of them, and what it ends."""
 
     linears: list[Candidate]
     calls: int
+    ending: Ending | None = None
 
 
 class _Stop(Exception):  # noqa: N818  (ends a forward, no error)
@@ -218,7 +231,14 @@ def shared_inputs(block: Block, hidden: torch.Tensor, call: Call) -> list[Group]
 
         return hook
 
+    returned: dict[nn.Module, list[Any]] = {}  # by linears and children
+
+    def note_output(module: nn.Module, _: Any, output: Any) -> None:
+        returned.setdefault(module, []).append(output)
+
     handles = [c.module.register_forward_pre_hook(note(c), with_kwargs=True) for c in block.linears]
+    children = [child for child in block.module.children() if not isinstance(child, nn.Linear)]
+    handles += [m.register_forward_hook(note_output) for m in (*children, *(c.module for c in block.linears))]
     try:
         run_block(block.module, hidden, call)
     finally:
@@ -229,11 +249,29 @@ def shared_inputs(block: Block, hidden: torch.Tensor, call: Call) -> list[Group]
         # A linear that is called again with another input needs sums of its own.
         again = [candidate for candidate in members if calls[candidate.name] > 1]
         once = [candidate for candidate in members if calls[candidate.name] == 1]
-        groups += [Group(once, 1)] if once else []
+        groups += [Group(once, 1, _ending(once, children, returned))] if once else []
         groups += [Group([candidate], calls[candidate.name]) for candidate in again]
     never = [candidate for candidate in block.linears if candidate.name not in calls]
     # Experts that the first sequence did not choose: looked for in all sequences, each for itself.
     return groups + [Group([candidate], 0) for candidate in never]
+
+
+def _ending(
+    linears: list[Candidate], children: list[nn.Module], returned: Mapping[nn.Module, list[Any]]
+) -> Ending | None:
+    if len(linears) > 1:
+        return None
+    last = returned[linears[0].module][0]
+    for child in children:
+        outputs = returned.get(child, [])
+        if len(outputs) != 1:
+            continue
+        if outputs[0] is last:
+            return Ending(child, None)
+        if isinstance(outputs[0], tuple) and outputs[0] and outputs[0][0] is last:
+            rest = outputs[0][1:]
+            return Ending(child, rest) if all(other is None for other in rest) else None
+    return None
 
 
 class GroupHook:
@@ -261,22 +299,38 @@ class GroupHook:
 class FinishedParts:
     """Outputs of a block's children that will not change any more, kept so that later passes do not compute them again.
 
-    A child is finished when all linears in it are compressed. What it returned for a batch in the next pass is handed
-    out in the passes after that. What is larger than its inputs (attention maps) is not kept.
+    A child is finished when all linears in it are compressed. Where its last linear decides what it returns, the pass
+    that collected that linear's inputs has done all of its other work already: from these inputs, kept up to a limit of
+    bytes, the output follows by one product. Else what the child returned for a batch in the next pass is handed out in
+    the passes after that; what is larger than its inputs (attention maps) is not kept. What is kept has a `limit`.
     """
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, limit: int) -> None:
         self._children = [
             (child, {c.name for c in block.linears if any(m is c.module for m in child.modules())})
             for child in block.module.children()
         ]
+        self._left = limit  # bytes that may still be kept
+        self._endings: dict[nn.Module, Group] = {}
+        self._inputs: dict[nn.Module, dict[int, torch.Tensor]] = {}  # of last linears: by child and batch
         self._kept: dict[nn.Module, dict[tuple[int, int], Any]] = {}  # by batch and call in it
         self._calls: dict[nn.Module, int] = {}
         self._batch = 0
+        self._again = True
         self._patched = contextlib.ExitStack()
 
-    def finish(self, done: set[str]) -> None:
-        """`done` linears are compressed: from the next pass on keep what their children return."""
+    def keep_inputs(self, group: Group, inputs: torch.Tensor) -> None:
+        """The inputs of a group that ends a child, in this batch."""
+        size = _nbytes(inputs)
+        if group.ending is not None and size <= self._left:
+            self._left -= size
+            self._endings[group.ending.child] = group
+            self._inputs.setdefault(group.ending.child, {})[self._batch] = inputs
+
+    def finish(self, done: set[str], *, again: bool) -> None:
+        """`done` linears are compressed: from the next pass on keep what their children return, if there are passes
+        `again` after that one."""
+        self._again = again
         for child, names in self._children:
             if names and names <= done and child not in self._kept and not isinstance(child, nn.Linear):
                 self._kept[child] = {}
@@ -290,27 +344,36 @@ class FinishedParts:
     def close(self) -> None:
         self._patched.close()
         self._kept.clear()
+        self._inputs.clear()
 
     def _wrap(self, child: nn.Module) -> Callable[..., Any]:
         real = child.forward
-        kept = self._kept[child]
+        kept, inputs, group = self._kept[child], self._inputs.get(child, {}), self._endings.get(child)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             key = (self._batch, self._calls.get(child, 0))
             self._calls[child] = key[1] + 1
             if key in kept:
                 return kept[key]
-            out = real(*args, **kwargs)
-            if _numel(out) <= 2 * sum(_numel(value) for value in (*args, *kwargs.values())):
+            if group is not None and group.ending is not None and self._batch in inputs:
+                last = inputs.pop(self._batch)
+                self._left += _nbytes(last)
+                out = group.ending.output(group.linears[0].module(last))
+            else:
+                out = real(*args, **kwargs)
+            size = _nbytes(out)
+            small = size <= 2 * sum(_nbytes(value) for value in (*args, *kwargs.values()))
+            if self._again and small and size <= self._left:
+                self._left -= size
                 kept[key] = out
             return out
 
         return forward
 
 
-def _numel(value: Any) -> int:
+def _nbytes(value: Any) -> int:
     if isinstance(value, torch.Tensor):
-        return value.numel()
+        return value.numel() * value.element_size()
     if isinstance(value, (tuple, list)):
-        return sum(_numel(item) for item in value)
+        return sum(_nbytes(item) for item in value)
     return 0

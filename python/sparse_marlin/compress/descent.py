@@ -6,7 +6,8 @@ the pair and the second at its optimum given the first; the best of these twelve
 what is there. Every step lowers the objective or changes nothing, and rows do not depend on each other.
 
 A sweep visits the columns in order. Inside a block only the block's own rows of G are updated; the rest follows with
-one matrix product at the end of the block, so nearly all arithmetic of a sweep is one K x K by K x R product.
+one matrix product at the end of the block, so nearly all arithmetic of a sweep is one K x K by K x R product. A block
+lies in one scale group, so everything in it is counted in scales, and weights are codes.
 """
 
 from __future__ import annotations
@@ -16,63 +17,56 @@ import torch
 from ..quantize import QUAD
 from .problem import PAIRS, Problem, Solution
 
-_BLOCK = 128  # columns; a multiple of the quad
+_BLOCK = 128  # columns; a multiple of every group size below it
 _MARGIN = 1e-6  # relative: less than this is rounding, not progress
 
 
 def descend(problem: Problem, solution: Solution, sweeps: int) -> Solution:
     """`sweeps` sweeps over all columns: patterns and codes, or codes alone where the problem fixes the pattern."""
-    codes, expanded = solution.codes.clone(), problem.expand(solution.scales)
-    damped = problem.hessian.damped
-    gradient = damped @ (codes * expanded - problem.target)
+    codes, damped = solution.codes.clone(), problem.hessian.damped
+    gradient = damped @ (solution.values(problem) - problem.target)
+    size = min(_BLOCK, problem.width)
     for _ in range(sweeps):
         problem.step("descent")
-        for start in range(0, problem.size_k, _BLOCK):
-            block = slice(start, min(start + _BLOCK, problem.size_k))
-            step = _pattern_block if problem.mask is None else _code_block
-            moved = step(problem, block, damped[block, block], gradient[block].clone(), codes[block], expanded[block])
-            gradient.addmm_(damped[:, block], moved)
+        for start in range(0, problem.size_k, size):
+            block, scale = slice(start, min(start + size, problem.size_k)), solution.scales[start // problem.width]
+            own, slope = damped[block, block], gradient[block] / scale
+            if problem.mask is None:
+                moved = _pattern_block(problem.limits, own, slope, codes[block])
+            else:
+                moved = _code_block(problem.limits, own, slope, codes[block], problem.mask[block])
+            gradient.addmm_(damped[:, block], moved.mul_(scale))
     return Solution(codes, solution.scales)
 
 
 def _pattern_block(
-    problem: Problem,
-    block: slice,
-    matrix: torch.Tensor,
-    gradient: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
+    limits: tuple[int, int], matrix: torch.Tensor, gradient: torch.Tensor, codes: torch.Tensor
 ) -> torch.Tensor:
-    """Visit the quads of a block; `codes` change in place, the change of the weights is returned."""
-    low, high = problem.limits
-    device = codes.device
-    first = torch.tensor([pair[0] for pair in PAIRS], device=device)
-    second = torch.tensor([pair[1] for pair in PAIRS], device=device)
-    table = _pair_table(matrix, first, second)
-    moved = torch.zeros_like(codes)
-    pairs = len(PAIRS)
-    index = torch.arange(QUAD, device=device)[:, None]
-    for start in range(0, codes.shape[0], QUAD):
+    """Visit the quads of a block; `codes` and `gradient` change in place, the change of the codes is returned."""
+    low, high = limits
+    table = _pair_table(matrix)
+    moved = torch.empty_like(codes)
+    # Few and simple operations: on a GPU the time of a sweep is that of their launches.
+    for index, start in enumerate(range(0, codes.shape[0], QUAD)):
         quad = slice(start, start + QUAD)
-        own = matrix[quad, quad]
-        now, scale = codes[quad], scales[start]
-        # In units of the scale: gradient of the objective at "this quad is zero".
-        slope = torch.addmm(gradient[quad] / scale, own, now, alpha=-1)
-        # Rows of the table: optimum of the first in the pair, optimum of the second alone, slopes of both.
-        pair = (table.products[start // QUAD] @ slope).view(4, pairs, -1)
-        one = pair[0].round_().clamp_(low, high)
-        two = torch.addcmul(pair[1], table.coupling[start // QUAD], one).round_().clamp_(low, high)
-        worth = _pair_objective(table, start // QUAD, one, two, pair[2], pair[3])
+        own, now, change = matrix[quad, quad], codes[quad], moved[quad]
+        # The gradient of the objective at "this quad is zero".
+        slope = torch.addmm(gradient[quad], own, now, alpha=-1)
+        # For every pair: optimum of the first in the pair, optimum of the second alone, slopes of both.
+        found = table.products[index] @ slope
+        one, two, slope_one, slope_two = found.chunk(4)
+        one.round_().clamp_(low, high)
+        two.addcmul_(table.coupling[index], one).round_().clamp_(low, high)
+        # h_uu x^2 / 2 + h_uv x y + h_vv y^2 / 2 + slopes
+        left = slope_one.addcmul_(table.half_first[index], one).addcmul_(table.cross[index], two).mul_(one)
+        worth = left.addcmul_(slope_two.addcmul_(table.half_second[index], two), two)
         least, chosen = worth.min(0)
-        standing = (torch.addmm(slope, own, now, alpha=0.5) * now).sum(0)
-        better = least < standing - _MARGIN * standing.abs()
-        chosen = chosen[None]
-        new = torch.where(index == first[chosen], one.gather(0, chosen), 0.0)
-        new = torch.where(index == second[chosen], two.gather(0, chosen), new)
-        new = torch.where(better, new, now)
-        change = (new - now) * scale
-        codes[quad] = new
-        moved[quad] = change
+        standing = torch.addmm(slope, own, now, alpha=0.5).mul_(now).sum(0)
+        better = least * (1 - _MARGIN) < standing
+        both = chosen + table.offsets
+        new = torch.zeros_like(now).scatter_(0, table.places[both], found.gather(0, both))
+        torch.sub(new, now, out=change).mul_(better)
+        now.add_(change)
         if start + QUAD < codes.shape[0]:
             gradient[start + QUAD :].addmm_(matrix[start + QUAD :, quad], change)
     return moved
@@ -86,16 +80,19 @@ class _PairTable:
     half_first: torch.Tensor  # [quads, pairs, 1]: h_uu / 2
     half_second: torch.Tensor
     cross: torch.Tensor
+    offsets: torch.Tensor  # [2, 1]: rows of the first and of the second of a pair in the products
+    places: torch.Tensor  # [2 * pairs]: the position in the quad that such a row is about
 
 
-def _pair_table(matrix: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> _PairTable:
-    quads, pairs = matrix.shape[0] // QUAD, len(PAIRS)
-    own = torch.stack([matrix[q * QUAD : (q + 1) * QUAD, q * QUAD : (q + 1) * QUAD] for q in range(quads)])
+def _pair_table(matrix: torch.Tensor) -> _PairTable:
+    quads, pairs, device = matrix.shape[0] // QUAD, len(PAIRS), matrix.device
+    first, second = torch.tensor(PAIRS, device=device).t()
+    own = matrix.unflatten(0, (quads, QUAD)).unflatten(2, (quads, QUAD)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     h_uu, h_vv, h_uv = own[:, first, first], own[:, second, second], own[:, first, second]
     determinant = h_uu * h_vv - h_uv.square()
     table = _PairTable()
-    products = torch.zeros((quads, 4, pairs, QUAD), dtype=matrix.dtype, device=matrix.device)
-    row = torch.arange(pairs, device=matrix.device)
+    products = torch.zeros((quads, 4, pairs, QUAD), dtype=matrix.dtype, device=device)
+    row = torch.arange(pairs, device=device)
     products[:, 0, row, first] = -h_vv / determinant
     products[:, 0, row, second] = h_uv / determinant
     products[:, 1, row, second] = -1 / h_vv
@@ -105,43 +102,22 @@ def _pair_table(matrix: torch.Tensor, first: torch.Tensor, second: torch.Tensor)
     table.coupling = (-h_uv / h_vv).unsqueeze(-1)
     table.half_first, table.half_second = (0.5 * h_uu).unsqueeze(-1), (0.5 * h_vv).unsqueeze(-1)
     table.cross = h_uv.unsqueeze(-1)
+    table.offsets = torch.tensor([[0], [pairs]], device=device)
+    table.places = torch.cat([first, second])
     return table
 
 
-def _pair_objective(
-    table: _PairTable,
-    quad: int,
-    one: torch.Tensor,
-    two: torch.Tensor,
-    slope_one: torch.Tensor,
-    slope_two: torch.Tensor,
-) -> torch.Tensor:
-    """h_uu x^2 / 2 + h_uv x y + h_vv y^2 / 2 + slopes, for every pair and row."""
-    left = torch.addcmul(slope_one, table.half_first[quad], one).addcmul_(table.cross[quad], two).mul_(one)
-    right = torch.addcmul(slope_two, table.half_second[quad], two)
-    return left.addcmul_(right, two)
-
-
 def _code_block(
-    problem: Problem,
-    block: slice,
-    matrix: torch.Tensor,
-    gradient: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
+    limits: tuple[int, int], matrix: torch.Tensor, gradient: torch.Tensor, codes: torch.Tensor, allowed: torch.Tensor
 ) -> torch.Tensor:
     """Visit the columns of a block one by one; codes move only where the mask allows them."""
-    low, high = problem.limits
-    assert problem.mask is not None
-    allowed = problem.mask[block]
     diagonal = matrix.diagonal()
-    moved = torch.zeros_like(codes)
+    moved = torch.empty_like(codes)
     for column in range(codes.shape[0]):
-        scale, now = scales[column], codes[column]
-        new = (now - gradient[column] / (diagonal[column] * scale)).round_().clamp_(low, high) * allowed[column]
-        change = (new - now) * scale
-        codes[column] = new
-        moved[column] = change
+        now, change = codes[column], moved[column]
+        new = torch.sub(now, gradient[column] / diagonal[column]).round_().clamp_(*limits).mul_(allowed[column])
+        torch.sub(new, now, out=change)
+        now.add_(change)
         if column + 1 < codes.shape[0]:
             gradient[column + 1 :].addr_(matrix[column + 1 :, column], change)
     return moved

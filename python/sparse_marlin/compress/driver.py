@@ -63,7 +63,8 @@ def compress(
         ignore: what stays dense, as in `replace_linears`.
         masks: fixed patterns: a mapping from names of linears to bool [N, K] (the linears that it does not name are
             free), or "nonzero" for a model whose weights are 2:4 already.
-        max_error: a linear whose output error ||(W - W^) X|| / ||W X|| is larger is not converted.
+        max_error: a linear whose output error ||(W - W^) X|| / ||W X|| is larger is not converted. With `joint` W is
+            what the layer aims at: the dense weight, moved so that it makes good what its inputs X lack.
         fallback: what such a linear becomes: "dense" leaves it as it is; "int4" rounds it to 4 bits without pruning,
             in a dense layer: no bytes are saved here, it shows what a dense INT4 kernel would give.
         num_sequences, seq_len: of the calibration; default 256 of 2048 tokens on a GPU, 128 of 256 on a CPU.
@@ -112,13 +113,16 @@ def compress(
     try:
         hidden, calls = block_inputs(model, blocks, batches)
         hidden = run.store(hidden)
-        with two_bars("Blocks", len(blocks), progress) as bars:
-            for index, block in enumerate(blocks):
+        dense = list(hidden)
+        # Nothing needs the hidden states after the last block that is compressed.
+        count = 1 + max(index for index, block in enumerate(blocks) if block.linears)
+        with two_bars("Blocks", count, progress) as bars:
+            for index, block in enumerate(blocks[:count]):
                 mark = ""
                 if fingerprint is not None:
                     mark = fingerprint.add((f"{block.name}.{name}", t) for name, t in block.module.state_dict().items())
-                last = index == len(blocks) - 1
-                results.update(run.block(index, block, hidden, calls[index], mark, bars, propagate=not last))
+                last = index == count - 1
+                results.update(run.block(index, block, hidden, dense, calls[index], mark, bars, propagate=not last))
                 calls[index] = []
                 bars.outer()
     finally:
@@ -203,4 +207,5 @@ def _described(settings: Settings) -> dict[str, Any]:
         "fallback": settings.fallback,
         "scale_dtype": str(settings.scale_dtype),
         "damping": settings.damping,
+        "follow": settings.follow,
     }

@@ -24,18 +24,21 @@ class HessianAccumulator:
 
     def add(self, inputs: torch.Tensor) -> None:
         """`inputs` [..., K] in any floating dtype."""
-        rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(device=self._sum.device, dtype=torch.float32)
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(self._sum.device)
         count = rows.shape[0]
         if count == 0:
             return
         total = self.tokens + count
         size_k = rows.shape[1]
         step = -(-size_k // _BLOCKS)
+        rows = rows if _exact(rows) else rows.float()
         for start in range(0, size_k, step):
             end = min(start + step, size_k)
-            self._sum[start:end, :end].addmm_(
-                rows[:, start:end].t(), rows[:, :end], beta=self.tokens / total, alpha=1 / total
-            )
+            left, right, part = rows[:, start:end], rows[:, :end], self._sum[start:end, :end]
+            if _exact(rows):
+                part.mul_(self.tokens / total).add_(product_of_tokens(left, right), alpha=1 / total)
+            else:
+                part.addmm_(left.t(), right, beta=self.tokens / total, alpha=1 / total)
         self.tokens = total
 
     def finish(self) -> torch.Tensor:
@@ -52,6 +55,18 @@ class HessianAccumulator:
                 "the model overflows its dtype (try bfloat16 or float32) or a weight before this layer is damaged"
             )
         return hessian
+
+
+def product_of_tokens(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The sum over tokens of l r^T, float32, for [T, K] and [T, L] of one dtype."""
+    if _exact(left):
+        return torch.mm(left.t(), right, out_dtype=torch.float32)
+    return left.float().t() @ right.float()
+
+
+def _exact(rows: torch.Tensor) -> bool:
+    """Whether tensor cores do it: products of 16-bit values exactly, sums in float32, several times faster."""
+    return rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16)
 
 
 class Hessian:

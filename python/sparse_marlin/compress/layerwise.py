@@ -2,8 +2,9 @@
 
 Within a block, linears with the same input are one group. For each group in the order of the forward: run the block on
 all calibration batches up to the group's input, accumulate H, solve, and put the result into the dense weights, so that
-the next group sees it. At the end the block runs once more to its output, which is the next block's input. The model's
-modules are not touched, and weights that were exchanged come back when the block is left.
+the next group sees it. At the end the block runs once more to its output, which is the next block's input. The default
+quality aims at what the dense model returns (`reference`): its hidden states go along. The model's modules are not
+touched, and weights that were exchanged come back when the block is left.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .blocks import Block, Call, FinishedParts, Group, GroupHook, run_block, sha
 from .correction import corrected
 from .hessian import Hessian, HessianAccumulator, output_error
 from .problem import Problem, Solution
+from .reference import Reference, ReferenceInputs, followed
 from .solvers import DEFAULT_QUALITY, Solver
 from .state import State, dense_twin
 from .sweep import joint_sweep
@@ -33,7 +35,9 @@ FALLBACKS = ("dense", "int4")
 # The literature's 0.01 is best on text like the calibrated one, more is better on other text (docs/ACCURACY.md).
 DEFAULT_DAMPING = 0.1
 _TURNS = 2  # of codes and correction
-_KEEP_ON_DEVICE_BYTES = 4_000_000_000  # of hidden states; more are kept in host memory
+FOLLOW = 1.0  # share of the inputs' errors that the default quality makes good (docs/ACCURACY.md)
+_KEEP_ON_DEVICE_BYTES = 10_000_000_000  # of hidden states; more are kept in host memory
+_KEEP_INSIDE_BYTES = 1_000_000_000  # of what is computed inside a block, for later passes
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,11 @@ class Settings:
     damping: float
 
     @property
+    def follow(self) -> float:
+        """Share of the gap to the dense model's inputs that targets make good."""
+        return FOLLOW if self.quality == DEFAULT_QUALITY else 0.0
+
+    @property
     def method(self) -> str:
         return self.quality + (f", correction of rank {self.rank}" if self.rank else "")
 
@@ -66,7 +75,7 @@ class BlockRun:
 
     def store(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
         """Hidden states where there is room for them between two uses."""
-        total = sum(tensor.numel() * tensor.element_size() for tensor in hidden)
+        total = sum(tensor.numel() * tensor.element_size() for tensor in hidden) * (2 if self.settings.follow else 1)
         self._shelf = self.device if total <= _KEEP_ON_DEVICE_BYTES else torch.device("cpu")
         return [tensor.to(self._shelf) for tensor in hidden]
 
@@ -76,19 +85,23 @@ class BlockRun:
         index: int,
         block: Block,
         hidden: list[torch.Tensor],
+        dense: list[torch.Tensor],
         calls: list[Call],
         fingerprint: str,
         bars: TwoBars,
         *,
         propagate: bool,
     ) -> dict[str, Replacement | str]:
-        """What becomes of the block's linears; with `propagate`, `hidden` becomes the block's outputs, in place."""
-        parts = FinishedParts(block)
+        """What becomes of the block's linears; with `propagate`, `hidden` becomes the block's outputs, in place, and so
+        do the hidden states of the `dense` model where they are followed."""
+        parts, reference = FinishedParts(block, _KEEP_INSIDE_BYTES), None
         try:
             with _lent(block.module, self.device):
+                if self.settings.follow:
+                    reference = Reference(block, _KEEP_INSIDE_BYTES)
                 made = self.state.load(index, fingerprint, block.linears) if block.linears else {}
                 if made is None:
-                    made = self._compress(block, hidden, calls, parts, bars)
+                    made = self._compress(block, hidden, dense, calls, parts, reference, bars)
                     self.state.save(index, fingerprint, made)
                 else:
                     for candidate in block.linears:
@@ -98,11 +111,17 @@ class BlockRun:
                     bars.inner("propagating", len(hidden))
                     for number, call in enumerate(calls):
                         parts.batch(number)
-                        out = run_block(block.module, hidden[number].to(self.device), _moved(call, self.device))
+                        moved = _moved(call, self.device)
+                        out = run_block(block.module, hidden[number].to(self.device), moved)
                         hidden[number] = out.to(self._shelf)
+                        if reference is not None:
+                            out = reference.output(number, dense[number].to(self.device), moved)
+                            dense[number] = out.to(self._shelf)
                         bars.step()
         finally:
             parts.close()
+            if reference is not None:
+                reference.close()
         for candidate in block.linears:
             new = made[candidate.name]
             if isinstance(new, Replacement):
@@ -110,20 +129,32 @@ class BlockRun:
         return made
 
     def _compress(
-        self, block: Block, hidden: list[torch.Tensor], calls: list[Call], parts: FinishedParts, bars: TwoBars
+        self,
+        block: Block,
+        hidden: list[torch.Tensor],
+        dense: list[torch.Tensor],
+        calls: list[Call],
+        parts: FinishedParts,
+        reference: Reference | None,
+        bars: TwoBars,
     ) -> dict[str, Replacement | str]:
         made: dict[str, Replacement | str] = {}
-        for group in shared_inputs(block, hidden[0].to(self.device), _moved(calls[0], self.device)):
+        groups = shared_inputs(block, hidden[0].to(self.device), _moved(calls[0], self.device))
+        for group in groups:
             start = time.perf_counter()
             names = ", ".join(candidate.name.rpartition(".")[2] for candidate in group.linears)
-            hessian = self._hessian(block, group, hidden, calls, parts, bars, names)
+            beside = reference.inputs(group) if reference is not None and group.calls == 1 else None
+            hessian = self._hessian(block, group, hidden, dense, calls, parts, beside, bars, names)
             if hessian is None:
                 made.update({candidate.name: "no calibration token reached it" for candidate in group.linears})
                 continue
             bars.inner(f"{names}: solving", None)
+            gap = beside.gap(hessian) if beside is not None else None
             for linears in self._alike(group.linears):
-                made.update(self._solve(linears, hessian, bars, start))
-            parts.finish(set(made))
+                made.update(self._solve(linears, hessian, gap, bars, start))
+            for passes in (parts, reference):
+                if passes is not None:
+                    passes.finish(set(made), again=group is not groups[-1])
         return made
 
     def _hessian(
@@ -131,22 +162,37 @@ class BlockRun:
         block: Block,
         group: Group,
         hidden: list[torch.Tensor],
+        dense: list[torch.Tensor],
         calls: list[Call],
         parts: FinishedParts,
+        beside: ReferenceInputs | None,
         bars: TwoBars,
         names: str,
     ) -> Hessian | None:
         first = group.linears[0]
         sums = HessianAccumulator(first.shape[1], self.device, first.name)
-        hook = GroupHook(group, sums.add)
+        seen: list[torch.Tensor] = []
+
+        def collect(inputs: torch.Tensor) -> None:
+            sums.add(inputs)
+            parts.keep_inputs(group, inputs)
+            seen.append(inputs)
+
+        hook = GroupHook(group, collect)
         bars.inner(f"{names}: calibrating", len(hidden))
         try:
             for number, (states, call) in enumerate(zip(hidden, calls, strict=True)):
                 parts.batch(number)
-                hook.run(block.module, states.to(self.device), _moved(call, self.device))
+                seen.clear()
+                moved = _moved(call, self.device)
+                hook.run(block.module, states.to(self.device), moved)
+                if beside is not None:
+                    beside.add(number, dense[number].to(self.device), moved, seen)
                 bars.step()
         finally:
             hook.remove()
+            if beside is not None:
+                beside.remove()
         if not sums.tokens and not group.calls:
             return None
         hessian = Hessian(sums.finish(), self.settings.damping)
@@ -162,7 +208,7 @@ class BlockRun:
         return list(sets.values())
 
     def _solve(
-        self, linears: list[Candidate], hessian: Hessian, bars: TwoBars, start: float
+        self, linears: list[Candidate], hessian: Hessian, gap: torch.Tensor | None, bars: TwoBars, start: float
     ) -> dict[str, Replacement | str]:
         settings = self.settings
         weights = [candidate.weight for candidate in linears]
@@ -171,8 +217,9 @@ class BlockRun:
             rows.append(slice(end, end + weight.shape[0]))
             end += weight.shape[0]
         masks = [self.patterns[c.name].to(self.device) for c in linears if c.name in self.patterns]
+        target = torch.cat([weight.float() for weight in weights]).t().contiguous()
         problem = Problem(
-            torch.cat([weight.float() for weight in weights]).t().contiguous(),
+            target if gap is None else followed(target, hessian, gap, settings.follow),
             hessian,
             settings.group_size,
             settings.num_bits,
@@ -212,7 +259,7 @@ class BlockRun:
             everything,
         )
         values = joint_sweep(own).values(own)
-        return _dense(candidate, problem.hessian, values, f"{reason}: rounded to 4 bits without pruning")
+        return _dense(candidate, own, values, slice(None), f"{reason}: rounded to 4 bits without pruning")
 
 
 def _replacement(
@@ -225,7 +272,7 @@ def _replacement(
     linear = candidate.module
     assert isinstance(linear, nn.Linear)
     if isinstance(solution, torch.Tensor):
-        return _dense(candidate, problem.hessian, solution[:, rows], "simulated")
+        return _dense(candidate, problem, solution[:, rows], rows, "simulated")
     quantized = solution.quantized(problem, rows, candidate.weight.dtype)
     layer = SparseMarlinLinear.from_codes(
         quantized.codes,
@@ -235,19 +282,19 @@ def _replacement(
         num_bits=quantized.num_bits,
         correction=correction,
     ).train(linear.training)
-    weight = candidate.weight
-    effective = layer.to_linear().weight
-    return Replacement(layer, relative_error(weight, quantized), output_error(weight, effective, problem.hessian.exact))
+    aim, effective = problem.target[:, rows].t(), layer.to_linear().weight
+    error = output_error(aim, effective, problem.hessian.exact)
+    return Replacement(layer, relative_error(candidate.weight, quantized), error)
 
 
-def _dense(candidate: Candidate, hessian: Hessian, values: torch.Tensor, reason: str) -> Replacement:
-    """A dense layer with `values` [K, R]."""
+def _dense(candidate: Candidate, problem: Problem, values: torch.Tensor, rows: slice, reason: str) -> Replacement:
+    """A dense layer with `values` [K, R], for the `rows` of the problem."""
     linear = candidate.module
     assert isinstance(linear, nn.Linear)
     weight = candidate.weight
     new = values.t().to(weight.dtype)
     lost = float((weight.float() - new.float()).norm() / weight.float().norm().clamp_min(1e-30))
-    error = output_error(weight, new, hessian.exact)
+    error = output_error(problem.target[:, rows].t(), new, problem.hessian.exact)
     return Replacement(dense_twin(linear, new), lost, error, reason)
 
 

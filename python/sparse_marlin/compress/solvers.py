@@ -6,8 +6,8 @@
 | magnitude | two largest weights | least squares on the weights | no calibration used |
 | wanda | two largest weights times input norms | nearest, scales clipped by input norms | one pass |
 | sparsegpt | optimal brain surgery, column by column | in the same sweep | one sweep |
-| alps | ADMM | coordinate descent on that pattern | 36 products of the size of a layer |
-| joint | ADMM on the stored grid, then descent that moves patterns and codes | least-squares scales | 60 products |
+| alps | ADMM | coordinate descent on that pattern | 50 products of the size of a layer |
+| joint | ADMM on the stored grid, then descent that moves patterns and codes | least-squares scales | 65 products |
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def joint(problem: Problem) -> Solution:
     descent over quads in turn with least-squares scales."""
     weights, _ = sparse_weights(problem, draft=True)
     solution = rounded(problem, weights, clipped_scales(problem, weights, problem.hessian.diagonal))
-    solution = refit_scales(problem, descend(problem, solution, 1))
+    solution = refit_scales(problem, solution)
     searched = joint_codes(problem, solution.scales)
     for _ in range(_ROUNDS):
         searched = refit_scales(problem, descend(problem, searched, _SWEEPS))
