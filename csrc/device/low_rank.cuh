@@ -1,14 +1,17 @@
 // out += (acts @ down^T) @ up^T: the low-rank correction of a layer for few tokens, one small kernel right behind the multiplication
 // that wrote `out` (compute capability 9.0).
 //
-//   cluster    8 blocks have 16 tokens x 2048 features
+//   cluster    8 blocks have 16 tokens x 2048 or 4096 features
 //   project    a block reads an eighth of k of the activations and of all rows of `down`: its share of t = acts @ down^T
-//   exchange   shares are added in the order of the blocks, each float4 of t by the block that owns it, and go back to all 8:
-//              distributed shared memory and two cluster barriers, so there is no workspace, no flag and no atomic operation, and
-//              nothing that two streams or two graphs could share
+//   exchange   each float4 of a share goes to the block that owns it, which adds the 8 in the order of the blocks and sends the sum to
+//              all: stores to distributed shared memory that their receiver counts, so there is no workspace, no flag and no atomic
+//              operation, and nothing that two streams or two graphs could share
 //   expand     a warp multiplies t by its rows of `up`; then waits for the multiplication, adds in float32, rounds once
 //
-// Every cluster projects for itself. That reads `down` once for every 2048 features (from L2, except for the first time), but a
+// Beside a multiplication that streams weights a load takes long, so loads go out together: of acts and `down` as many as the registers
+// hold, `up` before the exchange; what is read later is asked for from L2 at the start.
+//
+// Every cluster projects for itself. That reads `down` once for every 2048 or 4096 features (from L2, except for the first time), but a
 // projection shared by all blocks would need a counter in device memory that is zero before every launch, of every graph too.
 //
 // Dependent launch. All before the wait at the end overlaps the multiplication. It reads acts, down and up before that wait, which is
@@ -35,28 +38,43 @@ struct LowRankArgs {
   int rank;
 };
 
-inline constexpr int kLowRankCluster = 8;     // blocks
-inline constexpr int kLowRankTokens = 16;     // of a cluster: the rows of an MMA
-inline constexpr int kLowRankFeatures = 256;  // of a block
-inline constexpr int kLowRankMultiple = 8;    // values that are loaded at once
+inline constexpr int kLowRankCluster = 8;   // blocks
+inline constexpr int kLowRankTokens = 16;   // of a cluster: the rows of an MMA
+inline constexpr int kLowRankMultiple = 8;  // values that are loaded at once
 
 // Many warps read faster, few find a place beside a multiplication that fills the SMs.
 template <int kWarps>
 struct LowRankShape {
   static constexpr int kThreads = kWarps * 32;
+  static constexpr bool kMany = kWarps >= 8;
+  static constexpr int kBlocks = kMany ? 2 : 4;                  // an SM should hold at least: what the registers go by
+  static constexpr int kFeatures = kMany ? 256 : 512;            // of a block
   static constexpr int kWarpsR = 2, kWarpsK = kWarps / kWarpsR;  // projecting: warps along the rank and along k
   static constexpr int kWarpRanks = 32;
   static constexpr int kRanks = kWarpRanks * kWarpsR;  // projected at once
   static constexpr int kSumsPitch = kRanks + 8;        // rows 8 banks apart: the lanes of a store meet in no bank
   static constexpr int kPadOfT = 16;                   // rows of t 16 banks apart, where the rank is a multiple of 32
 
-  // Floats of shared memory for `rows` tokens: the sums of the warps along k, later t in the same place, then the block's share.
-  static constexpr int sums_floats(int rows, int rank) {
-    const int sums = kWarpsK * kSumsPitch, t = rank + kPadOfT;
-    return rows * (sums > t ? sums : t);
+  static constexpr int kWarpFeatures = kFeatures / kWarps;
+  static constexpr int kGroup = 32;  // features that 4 MMAs share out so that a lane gets 8 neighbours
+  static constexpr int kGroupTiles = kGroup / 8;
+  static constexpr int kGroups = kWarpFeatures / kGroup;
+  // Groups whose sums wait for the multiplication in shared memory: there are registers for two.
+  static constexpr int kParked = kGroups > 2 ? kGroups - 2 : 0;
+
+  // Shared memory for `rows` tokens, in floats: two barriers, the sums of the warps along k, the shares of the vectors that the block
+  // owns, t, parked sums. Blocks send when they are ready, so nothing lies where something else was.
+  static constexpr int kBarrierFloats = 4;
+  static constexpr int sums_floats(int rows) { return kWarpsK * rows * kSumsPitch; }
+  static constexpr int slots(int rows, int rank) {  // vectors that a block owns, at most
+    return (rows * rank / 4 + kLowRankCluster - 1) / kLowRankCluster;
   }
+  static constexpr int received_floats(int rows, int rank) { return slots(rows, rank) * kLowRankCluster * 4; }
+  static constexpr int t_floats(int rows, int rank) { return rows * (rank + kPadOfT); }
+  static constexpr int kParkedFloats = kParked * kGroupTiles * kThreads * 4;
   static constexpr int smem_bytes(int rows, int rank) {
-    return static_cast<int>(sizeof(float)) * (sums_floats(rows, rank) + rows * rank);
+    return static_cast<int>(sizeof(float)) *
+           (kBarrierFloats + sums_floats(rows) + received_floats(rows, rank) + t_floats(rows, rank) + kParkedFloats);
   }
 };
 
@@ -68,29 +86,43 @@ template <typename Act, int kWarps>
 struct LowRank {
   using Shape = LowRankShape<kWarps>;
   static constexpr int kVector = 4;
-  static constexpr int kStep = 32;                       // depth of one load by all lanes
-  static constexpr int kTogether = kWarps >= 8 ? 2 : 1;  // steps loaded at once, as far as the registers go
-  static constexpr int kUpStep = 16;                     // of ranks: 4 a lane
-  static constexpr int kUpTogether = kWarps >= 8 ? 2 : 1;
+  static constexpr int kStep = 32;                        // depth of one load by all lanes
+  static constexpr int kTogether = Shape::kMany ? 4 : 3;  // steps loaded at once, as far as the registers go
+  static constexpr int kUpStep = 16;                      // of ranks: 4 a lane
+  static constexpr int kUpTogether = 4;
   static constexpr int kRankTiles = Shape::kWarpRanks / 8;  // columns of MMAs
-  static constexpr int kWarpFeatures = kLowRankFeatures / kWarps;
+  static constexpr int kWarpFeatures = Shape::kWarpFeatures;
   static constexpr int kNeighbours = 8;
-  static constexpr int kGroup = 4 * kNeighbours;  // features that 4 MMAs share out so that a lane gets 8 neighbours
-  static constexpr int kGroupTiles = kGroup / 8;
-  static constexpr int kGroups = kWarpFeatures / kGroup;
+  static constexpr int kGroup = Shape::kGroup, kGroupTiles = Shape::kGroupTiles, kGroups = Shape::kGroups;
+  static_assert(kGroup == 4 * kNeighbours);
 
   const LowRankArgs& args;
   const int warp, g, c;
 
-  // Worked out where they are needed: registers are few. In shared memory: the sums [warp along k][row][rank of the group]; t
-  // [row][rank] in the same place; the block's share of t [row][rank]. Rows are the tokens of the cluster from token0 on.
-  static __device__ __forceinline__ float* sums() { return reinterpret_cast<float*>(low_rank_shared); }
-  static __device__ __forceinline__ float* t() { return sums(); }
-  __device__ __forceinline__ float* share() const { return sums() + Shape::sums_floats(rows(), args.rank); }
+  // Worked out where they are needed: registers are few. In shared memory: barriers; sums [warp along k][row][rank of the group];
+  // received [block][vector that this one owns]; t [row][rank]. Rows are the tokens of the cluster from token0 on.
+  static __device__ __forceinline__ float* start() { return reinterpret_cast<float*>(low_rank_shared); }
+  static __device__ __forceinline__ float* sums() { return start() + Shape::kBarrierFloats; }
+  __device__ __forceinline__ float4* received() const {
+    return reinterpret_cast<float4*>(sums() + Shape::sums_floats(rows()));
+  }
+  __device__ __forceinline__ float* t() const {
+    return sums() + Shape::sums_floats(rows()) + Shape::received_floats(rows(), args.rank);
+  }
+  static __device__ __forceinline__ uint32_t shares_here() { return ptx::smem_address(start()); }  // barriers
+  static __device__ __forceinline__ uint32_t t_here() { return shares_here() + uint32_t{sizeof(uint64_t)}; }
+  static constexpr int kVectorBytes = kVector * static_cast<int>(sizeof(float));
+  __device__ __forceinline__ int row_vectors() const { return args.rank / kVector; }
+  __device__ __forceinline__ int vectors() const { return rows() * row_vectors(); }
+  __device__ __forceinline__ int slots() const { return Shape::slots(rows(), args.rank); }
+  // Vector i belongs to block i % 8.
+  __device__ __forceinline__ int owned() const {
+    return (vectors() - ptx::cluster_block() + kLowRankCluster - 1) / kLowRankCluster;
+  }
   __device__ __forceinline__ int rows() const { return min(args.m, kLowRankTokens); }
   __device__ __forceinline__ int t_pitch() const { return args.rank + Shape::kPadOfT; }
   static __device__ __forceinline__ int token0() { return static_cast<int>(blockIdx.y) * kLowRankTokens; }
-  static __device__ __forceinline__ int feature0() { return static_cast<int>(blockIdx.x) * kLowRankFeatures; }
+  static __device__ __forceinline__ int feature0() { return static_cast<int>(blockIdx.x) * Shape::kFeatures; }
 
   // 8 values, or zeros. Past L1, where nothing would be found again.
   static __device__ __forceinline__ uint4 load(const Act* from, bool exists) {
@@ -100,13 +132,18 @@ struct LowRank {
   static __device__ __forceinline__ void prefetch(const void* from) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
   }
-  // What the warp reads of `down` after its first turn: a row for each lane, in each turn at most one cache line of it.
+  // What the warp reads of `down` after its first turn: a row for each lane.
   __device__ __forceinline__ void prefetch_down(int rank0, int col0, int stride) const {
+    constexpr int kLineValues = 128 / static_cast<int>(sizeof(Act));
     const int rank = rank0 + 4 * g + c;
     if (rank >= args.rank) return;
     const Act* const row = static_cast<const Act*>(args.down) + static_cast<int64_t>(rank) * args.k;
 #pragma unroll 1
-    for (int col = col0 + stride; col < args.k; col += stride) prefetch(row + col);
+    for (int col = col0 + stride; col < args.k; col += stride) {
+#pragma unroll
+      for (int line = 0; line < kTogether * kStep; line += kLineValues)
+        if (col + line < args.k) prefetch(row + col + line);
+    }
   }
 
   // Sums of the warp's columns for ranks rank0 .. rank0 + 31.
@@ -141,32 +178,60 @@ struct LowRank {
     }
   }
 
-  // The block's share of t: the sums of its warps, in their order.
+  // What the block will get, and that its barriers are ready; one thread, then all.
+  __device__ __forceinline__ void expect() const {
+    if (threadIdx.x == 0) {
+      ptx::mbarrier_init(shares_here(), 1);
+      ptx::mbarrier_init(t_here(), 1);
+      ptx::mbarrier_init_fence();
+      ptx::mbarrier_arrive_expect(shares_here(), (kLowRankCluster - 1) * owned() * kVectorBytes);
+      ptx::mbarrier_arrive_expect(t_here(), (vectors() - owned()) * kVectorBytes);
+    }
+    __syncwarp();
+    __syncthreads();
+    ptx::cluster_arrive();
+  }
+
+  // The block's share of t, the sums of its warps in their order, to those who own it.
   __device__ __forceinline__ void project_all() const {
     const int in_group = warp % Shape::kWarpsR * Shape::kWarpRanks;
-    float* const to = sums() + (warp / Shape::kWarpsR * rows() + g) * Shape::kSumsPitch + in_group + 2 * c;
 #pragma unroll 1
     for (int first = 0; first < args.rank; first += Shape::kRanks) {
       float sum[kRankTiles][4] = {};
       if (first + in_group < args.rank) project(sum, first + in_group);
       if (first > 0) __syncthreads();  // the sums before have been added
+      float* const to = sums() + (warp / Shape::kWarpsR * rows() + g) * Shape::kSumsPitch + in_group + 2 * c;
 #pragma unroll
       for (int j = 0; j < kRankTiles; ++j) {
         if (g < rows()) *reinterpret_cast<float2*>(to + 8 * j) = {sum[j][0], sum[j][1]};
         if (g + 8 < rows()) *reinterpret_cast<float2*>(to + 8 * j + 8 * Shape::kSumsPitch) = {sum[j][2], sum[j][3]};
       }
       __syncthreads();
-      constexpr int kRowVectors = Shape::kRanks / kVector;
+      __syncwarp();
+      if (first == 0) ptx::cluster_wait();  // the others' barriers are ready
+      send(first);
+    }
+  }
+  // Ranks first .. first + 63 of the share.
+  __device__ __forceinline__ void send(int first) const {
+    constexpr int kRowVectors = Shape::kRanks / kVector;
+    const int me = ptx::cluster_block();
 #pragma unroll 1
-      for (int i = threadIdx.x; i < rows() * kRowVectors; i += Shape::kThreads) {
-        const int row = i / kRowVectors, rank = i % kRowVectors * kVector;
-        if (first + rank >= args.rank) continue;
-        const float* from = sums() + row * Shape::kSumsPitch + rank;
-        float4 total = *reinterpret_cast<const float4*>(from);
+    for (int at = threadIdx.x; at < rows() * kRowVectors; at += Shape::kThreads) {
+      const int row = at / kRowVectors, rank = at % kRowVectors * kVector;
+      if (first + rank >= args.rank) continue;
+      const float* from = sums() + row * Shape::kSumsPitch + rank;
+      float4 total = *reinterpret_cast<const float4*>(from);
 #pragma unroll
-        for (int k = 1; k < Shape::kWarpsK; ++k)
-          total = add(total, *reinterpret_cast<const float4*>(from + k * rows() * Shape::kSumsPitch));
-        *reinterpret_cast<float4*>(share() + row * args.rank + first + rank) = total;
+      for (int k = 1; k < Shape::kWarpsK; ++k)
+        total = add(total, *reinterpret_cast<const float4*>(from + k * rows() * Shape::kSumsPitch));
+      const int i = row * row_vectors() + (first + rank) / kVector, owner = i % kLowRankCluster;
+      float4* const place = received() + me * slots() + i / kLowRankCluster;
+      if (owner == me) {
+        *place = total;
+      } else {
+        ptx::store_remote_counted(ptx::remote_address(ptx::smem_address(place), owner),
+                                  ptx::remote_address(shares_here(), owner), total);
       }
     }
   }
@@ -175,28 +240,29 @@ struct LowRank {
     return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
   }
 
-  // The shares of the blocks -> t, in all of them.
+  // The shares of the blocks -> t, in all of them. Who has all of it may end: nothing else comes.
   __device__ __forceinline__ void exchange() const {
-    __syncwarp();
-    ptx::cluster_sync();  // the shares are there, and nobody needs the sums any more
-    const int row_vectors = args.rank / kVector, vectors = rows() * row_vectors;
-    const uint32_t from = ptx::smem_address(share()), to = ptx::smem_address(t());
-    constexpr int kVectorBytes = kVector * static_cast<int>(sizeof(float));
+    __syncthreads();  // what the block kept
+    ptx::mbarrier_wait_cluster(shares_here(), 0);
+    const int me = ptx::cluster_block();
 #pragma unroll 1
-    for (int i = ptx::cluster_block() + kLowRankCluster * static_cast<int>(threadIdx.x); i < vectors;
-         i += kLowRankCluster * Shape::kThreads) {  // 2 turns at most
-      float4 part[kLowRankCluster];
+    for (int slot = threadIdx.x; slot < owned(); slot += Shape::kThreads) {
+      const float4* const from = received() + slot;
+      float4 total = from[0];
 #pragma unroll
-      for (int b = 0; b < kLowRankCluster; ++b) part[b] = ptx::load_remote(from + i * kVectorBytes, b);
+      for (int b = 1; b < kLowRankCluster; ++b) total = add(total, from[b * slots()]);
+      const int i = slot * kLowRankCluster + me, row = i / row_vectors(), rank = i % row_vectors() * kVector;
+      float* const place = t() + row * t_pitch() + rank;
+      *reinterpret_cast<float4*>(place) = total;
 #pragma unroll
-      for (int b = 1; b < kLowRankCluster; ++b) part[0] = add(part[0], part[b]);
-      const int row = i / row_vectors, rank = i % row_vectors * kVector;
-      const uint32_t at = to + (row * t_pitch() + rank) * static_cast<int>(sizeof(float));
-#pragma unroll
-      for (int b = 0; b < kLowRankCluster; ++b) ptx::store_remote(ptx::remote_address(at, b), part[0]);
+      for (int away = 1; away < kLowRankCluster; ++away) {
+        const int to = (me + away) % kLowRankCluster;
+        ptx::store_remote_counted(ptx::remote_address(ptx::smem_address(place), to), ptx::remote_address(t_here(), to),
+                                  total);
+      }
     }
-    __syncwarp();
-    ptx::cluster_sync();  // t is complete, and nobody reads another block's memory any more: each may end when it likes
+    __syncthreads();
+    ptx::mbarrier_wait_cluster(t_here(), 0);
   }
 
   // Column g of MMA j of a group stands for the feature first_row + 2j: a lane's sums, columns 2c and 2c + 1 of the 4 MMAs, are then
@@ -213,31 +279,36 @@ struct LowRank {
     constexpr int kLine = 128;
     const char* const first =
         reinterpret_cast<const char*>(static_cast<const Act*>(args.up) + static_cast<int64_t>(feature0()) * args.rank);
-    const int bytes = min(kLowRankFeatures, args.n - feature0()) * args.rank * static_cast<int>(sizeof(Act));
+    const int bytes = min(Shape::kFeatures, args.n - feature0()) * args.rank * static_cast<int>(sizeof(Act));
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x) * kLine; i < bytes; i += Shape::kThreads * kLine) prefetch(first + i);
   }
 
-  // The group's features. t is multiplied in two parts of TF32 with 11 significant bits each; `up` is exact in TF32 whichever of the
-  // two types it has.
-  __device__ __forceinline__ void expand(float (&sum)[kGroupTiles][4], int group) const {
-    const Act* up = static_cast<const Act*>(args.up) + static_cast<int64_t>(first_row(group)) * args.rank + kVector * c;
-    const int rows_left = args.n - first_row(group);
+  // A lane's part of some steps of `up`, loaded together.
+  using Up = uint2[kUpTogether][kGroupTiles];
+  __device__ __forceinline__ void load_up(Up& b, int group, int first) const {
+    const int rank = first + kVector * c, rows_left = args.n - first_row(group);
+    const Act* const up = static_cast<const Act*>(args.up) + static_cast<int64_t>(first_row(group)) * args.rank + rank;
+#pragma unroll
+    for (int i = 0; i < kUpTogether; ++i) {
+#pragma unroll
+      for (int j = 0; j < kGroupTiles; ++j) {
+        b[i][j] = uint2{0, 0};
+        if (rank + i * kUpStep < args.rank && 2 * j < rows_left)
+          b[i][j] = ptx::load_global_v2(up + 2 * j * args.rank + i * kUpStep);
+      }
+    }
+  }
+  // The group's features; b: its first steps. t is multiplied in two parts of TF32 with 11 significant bits each; `up` is exact in TF32
+  // whichever of the two types it has.
+  __device__ __forceinline__ void expand(float (&sum)[kGroupTiles][4], Up& b, int group) const {
     const float* from = t() + g * t_pitch() + kVector * c;
 #pragma unroll 1
-    for (int left = args.rank; left > 0; left -= kUpTogether * kUpStep) {
-      uint2 b[kUpTogether][kGroupTiles];
+    for (int first = 0; first < args.rank; first += kUpTogether * kUpStep, from += kUpTogether * kUpStep) {
+      if (first > 0) load_up(b, group, first);
 #pragma unroll
       for (int i = 0; i < kUpTogether; ++i) {
-#pragma unroll
-        for (int j = 0; j < kGroupTiles; ++j) {
-          const bool exists = i * kUpStep + kVector * c < left && 2 * j < rows_left;
-          b[i][j] = exists ? __ldcg(reinterpret_cast<const uint2*>(up + 2 * j * args.rank + i * kUpStep)) : uint2{0, 0};
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kUpTogether; ++i) {
-        const bool in_rank = i * kUpStep + kVector * c < left;
+        const bool in_rank = first + i * kUpStep + kVector * c < args.rank;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           // zeros past the rank: what meets the zeros of b must be finite
@@ -251,8 +322,6 @@ struct LowRank {
           multiply(sum, {low.x, high.x, low.y, high.y}, pairs);
         }
       }
-      up += kUpTogether * kUpStep;
-      from += kUpTogether * kUpStep;
     }
   }
   // One step of 8 ranks; of each lane two neighbours.
@@ -277,6 +346,23 @@ struct LowRank {
     Act v;
     memcpy(&v, &half, sizeof(v));
     return to_float(v);
+  }
+
+  __device__ __forceinline__ float4* parked(int group) const {  // [tile][thread]
+    return reinterpret_cast<float4*>(t() + Shape::t_floats(rows(), args.rank)) + group * kGroupTiles * Shape::kThreads +
+           threadIdx.x;
+  }
+  __device__ __forceinline__ void park(const float (&sum)[kGroupTiles][4], int group) const {
+#pragma unroll
+    for (int j = 0; j < kGroupTiles; ++j)
+      parked(group)[j * Shape::kThreads] = make_float4(sum[j][0], sum[j][1], sum[j][2], sum[j][3]);
+  }
+  __device__ __forceinline__ void fetch(float (&sum)[kGroupTiles][4], int group) const {
+#pragma unroll
+    for (int j = 0; j < kGroupTiles; ++j) {
+      const float4 v = parked(group)[j * Shape::kThreads];
+      sum[j][0] = v.x, sum[j][1] = v.y, sum[j][2] = v.z, sum[j][3] = v.w;
+    }
   }
 
   // out += sum, rounded once; 8 neighbours of rows g and g + 8 in each group.
@@ -335,22 +421,31 @@ struct LowRank {
   }
 };
 
-// Grid: features / 256, in whole clusters, x tokens / 16.
+// Grid: features in blocks, in whole clusters, x tokens / 16.
 template <typename Act, int kWarps>
-__global__ void __launch_bounds__(LowRankShape<kWarps>::kThreads, kWarps >= 8 ? 2 : 7)
+__global__ void __launch_bounds__(LowRankShape<kWarps>::kThreads, LowRankShape<kWarps>::kBlocks)
     low_rank(const __grid_constant__ LowRankArgs args) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   using Part = LowRank<Act, kWarps>;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const Part part{args, warp, lane / 4, lane % 4};
   part.prefetch_up();
+  part.expect();
   part.project_all();
+  typename Part::Up up;
+  part.load_up(up, 0, 0);
   part.exchange();
   typename Part::Sums sum = {};
 #pragma unroll
-  for (int group = 0; group < Part::kGroups; ++group) part.expand(sum[group], group);
+  for (int group = 0; group < Part::kGroups; ++group) {
+    if (group > 0) part.load_up(up, group, 0);
+    part.expand(sum[group], up, group);
+    if (group < Part::Shape::kParked) part.park(sum[group], group);
+  }
   ptx::grid_dependency_wait();  // the multiplication has written `out`
   ptx::grid_launch_dependents();
+#pragma unroll
+  for (int group = 0; group < Part::Shape::kParked; ++group) part.fetch(sum[group], group);
   part.add_to_out(sum);
 #endif
 }

@@ -14,7 +14,7 @@ namespace sparse_marlin {
 namespace {
 
 constexpr int kMostTokens = 64;  // more are for dense products: every 16 tokens read `down` again
-constexpr int kMostRank = 256;   // 34 KB of shared memory
+constexpr int kMostRank = 256;   // 52 KB of shared memory
 constexpr int kMaxDevices = 64;
 constexpr int kClusters = 90;  // compute capability from which there are clusters and dependent launch
 constexpr int kFewWarps = 4, kManyWarps = 8;
@@ -24,13 +24,14 @@ struct Choice {
   Kernel kernel;
   int threads;
   int smem_bytes;
+  int features;  // of a block
 };
 template <int kWarps>
 Choice choice(const LowRankParams& p, int rows) {
   const Kernel kernel =
       p.dtype == DType::kFloat16 ? device::low_rank<__half, kWarps> : device::low_rank<__nv_bfloat16, kWarps>;
   using Shape = device::LowRankShape<kWarps>;
-  return {kernel, Shape::kThreads, Shape::smem_bytes(rows, static_cast<int>(p.rank))};
+  return {kernel, Shape::kThreads, Shape::smem_bytes(rows, static_cast<int>(p.rank)), Shape::kFeatures};
 }
 
 // Whether the code that a device runs is more than an empty shell: code for an older GPU, compiled again by the driver, has no
@@ -67,17 +68,25 @@ std::string add_low_rank(const LowRankParams& p, int index, bool dependent, void
   args.n = static_cast<int>(p.n);
   args.k = static_cast<int>(p.k);
   args.rank = static_cast<int>(p.rank);
-  const int blocks = (args.n + device::kLowRankFeatures - 1) / device::kLowRankFeatures;
-  const int grid = (blocks + device::kLowRankCluster - 1) / device::kLowRankCluster * device::kLowRankCluster;
   const int tiles_m = (args.m + device::kLowRankTokens - 1) / device::kLowRankTokens;
   const int rows = args.m < device::kLowRankTokens ? args.m : device::kLowRankTokens;
+  const auto grid_of = [&](const Choice& choice) {
+    const int of_cluster = choice.features * device::kLowRankCluster;
+    return (args.n + of_cluster - 1) / of_cluster * device::kLowRankCluster;
+  };
   // Few blocks must be fast and find a place easily. Many follow a multiplication that fills the SMs, but takes longer, too: they
-  // must be small enough to fit beside two of its blocks.
-  const bool few = 2 * grid * tiles_m <= device_properties(index).num_sms;
-  const Choice chosen = few ? choice<kManyWarps>(p, rows) : choice<kFewWarps>(p, rows);
+  // must be small enough to fit beside it, and not too many.
+  Choice chosen = choice<kManyWarps>(p, rows);
+  if (2 * grid_of(chosen) * tiles_m > device_properties(index).num_sms) chosen = choice<kFewWarps>(p, rows);
+  constexpr int kAllowed = 48 * 1024;  // without asking
+  if (chosen.smem_bytes > kAllowed) {
+    const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(chosen.kernel),
+                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, chosen.smem_bytes);
+    if (status != cudaSuccess) return std::string(cudaGetErrorName(status)) + ": " + cudaGetErrorString(status);
+  }
   const cudaError_t status =
-      launch_dependent(chosen.kernel, args, grid, chosen.threads, chosen.smem_bytes, device::kLowRankCluster, dependent,
-                       static_cast<cudaStream_t>(stream), tiles_m);
+      launch_dependent(chosen.kernel, args, grid_of(chosen), chosen.threads, chosen.smem_bytes, device::kLowRankCluster,
+                       dependent, static_cast<cudaStream_t>(stream), tiles_m);
   if (status == cudaSuccess) return {};
   return std::string(cudaGetErrorName(status)) + ": " + cudaGetErrorString(status);
 }

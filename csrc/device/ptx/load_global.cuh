@@ -13,6 +13,11 @@ __device__ __forceinline__ uint4 load_global_v4(const void* from) {
                : "memory");
   return v;
 }
+__device__ __forceinline__ uint2 load_global_v2(const void* from) {
+  uint2 v;
+  asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from) : "memory");
+  return v;
+}
 __device__ __forceinline__ uint16_t load_global_16(const void* from) {
   uint16_t v;
   asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(from) : "memory");
