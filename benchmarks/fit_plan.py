@@ -46,7 +46,7 @@ class Samples:
     effort: dict[str, np.ndarray]
 
 
-EFFORT = ("turns", "full_waves", "resident", "last_wave", "crowding", "dram_us", "l2_us", "reduce_us")
+EFFORT = ("turns", "full_waves", "resident", "last_wave", "crowding", "dram_us", "l2_us", "exchanges", "reduce_us")
 
 
 def predicted(constants: np.ndarray, s: Samples) -> np.ndarray:
@@ -61,7 +61,8 @@ def predicted(constants: np.ndarray, s: Samples) -> np.ndarray:
         launch
         + crowding * e["crowding"]
         + total
-        + np.where(s.splits > 1, exchange + exchange_split * s.splits + e["reduce_us"], 0)
+        + e["exchanges"] * (exchange + exchange_split * s.splits)
+        + e["reduce_us"]
     )
 
 

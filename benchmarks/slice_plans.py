@@ -29,7 +29,7 @@ GROUP_SIZE, NUM_BITS = 128, 4
 
 FIXED_US = 3.0  # launch, first bytes, last store, exchange between splits: what does not shrink with a slice
 MANY_TOKENS = 256  # from where the outputs of a row slice weigh
-FULL_TILE, FULL_ROUNDS = (128, 256), 2  # tokens and features; a GPU is well filled by two rounds of these
+FULL_TILE, FULL_ROUNDS = (128, 256), 4  # tokens and features; with fewer rounds the last one, partly filled, weighs
 
 
 @dataclass(frozen=True)

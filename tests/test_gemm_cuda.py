@@ -91,8 +91,9 @@ class Way(NamedTuple):
 
 HOPPER_WAYS = [
     Way("sm90", 16, 256, 1, 8),
-    Way("sm90", 32, 128, 2, 3),
-    Way("sm90", 64, 256, 2, 4),
+    Way("sm90", 32, 128, 1, 3),
+    Way("sm90", 64, 256, 1, 4),
+    Way("sm90", 64, 128, 2, 1),
     Way("sm90", 128, 128, 1, 5),
     Way("sm90", 128, 256, 2, 1),
     Way("sm90", 176, 256, 1, 1),
@@ -246,8 +247,8 @@ def test_two_streams_at_once(cuda, m):
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        (Way("sm90", 16, 256, 1, 8), Way("sm90", 64, 256, 2, 4)),
-        (Way("sm90", 128, 256, 2, 1), Way("sm90", 32, 128, 2, 3)),
+        (Way("sm90", 16, 256, 1, 8), Way("sm90", 64, 256, 1, 4)),
+        (Way("sm90", 128, 256, 2, 1), Way("sm90", 32, 128, 1, 3)),
         (Way("sm90", 176, 256, 1, 1), Way("sm80", 64, 128, 1, 3)),
         (Way("decode", 8, 64, 1, 1), Way("sm90", 32, 128, 1, 1)),
         (Way("decode", 8, 128, 1, 1), Way("decode", 16, 64, 1, 1)),
@@ -280,7 +281,7 @@ def test_two_streams_at_once_with_clusters(cuda, first, second):
 # add a kernel that sums the workspace.
 CHAINS = {
     "hopper": [
-        Way("sm90", 16, 256, 2, 4),
+        Way("sm90", 16, 256, 1, 4),
         Way("sm90", 64, 128, 1, 3),
         Way("sm90", 32, 256, 1, 1),
         Way("sm90", 176, 256, 2, 1),

@@ -139,6 +139,13 @@ struct DecodeEpilogue {
   }
 };
 
+// All barriers in shared memory are ready. Reached from two places, which __syncthreads does not allow.
+template <TileDecode kTile>
+__device__ __forceinline__ void meet_at_start() {
+  constexpr int kBarrier = 2;
+  ptx::named_barrier(kBarrier, kTile.threads());
+}
+
 // The tile goes by its index in kTilesDecode, as in kernel_sm80.cuh.
 template <typename Act, int kBits, int kTileIndex, ScaleMode kMode>
 __global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(), kTilesDecode[kTileIndex].blocks)
@@ -164,7 +171,7 @@ __global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(), kTilesDeco
     if (asks) state = loader.begin();
     if (asks && args.gemm.splits > 1) loader.expect_sums();
     __syncwarp();  // the barriers that follow want all lanes at once
-    __syncthreads();
+    meet_at_start<kTile>();
     if (args.gemm.splits > 1) ptx::cluster_arrive();
     if (asks) loader.run(state);
     return;
@@ -177,7 +184,7 @@ __global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(), kTilesDeco
                   smem + args.smem.weights_full + warp * args.smem.stages * kBarrierBytes};
   typename Warp::State state{mine.start(), mine.first_stage(), mine.first_chunk()};
   const typename Warp::Places places = mine.places();
-  __syncthreads();
+  meet_at_start<kTile>();
   if (args.gemm.splits > 1) ptx::cluster_arrive();
   ptx::grid_dependency_wait();  // the output may still be in use by the kernel before
   const End end{args, mine};

@@ -13,13 +13,12 @@
 //
 // Dependent launch. All before the wait at the end overlaps the multiplication. It reads acts, down and up before that wait, which is
 // safe behind our own kernels only: they let this one start after their own wait, that is when everything before them is complete,
-// and they read the same activations. It lets its own successor start at once, since that is a multiplication again, which reads
-// nothing but weights before its wait; the wait covers this kernel, and this kernel's wait the one before it. (The next kernel of
-// this kind is let in by that multiplication, after its wait.)
+// and they read the same activations. Like them it lets its successor start after its own wait: never are three kernels in flight.
 #pragma once
 #include "device/epilogue.cuh"
 #include "device/ptx/dependent_launch.cuh"
 #include "device/ptx/hopper.cuh"
+#include "device/ptx/load_global.cuh"
 #include "device/ptx/mbarrier.cuh"
 #include "device/ptx/mma.cuh"
 
@@ -298,8 +297,7 @@ struct LowRank {
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int q = 0; q < kGroups; ++q)
-        if (exists(half, q))
-          old[half][q] = __ldcg(reinterpret_cast<const uint4*>(out + 8 * half * args.n + q * kGroup));
+        if (exists(half, q)) old[half][q] = ptx::load_global_v4(out + 8 * half * args.n + q * kGroup);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -325,7 +323,7 @@ struct LowRank {
         const int count = exists(half, q) ? min(args.n - first_feature(q), kNeighbours) : 0;
         unsigned short old[kNeighbours];
 #pragma unroll
-        for (int i = 0; i < kNeighbours; ++i) old[i] = i < count ? __ldcg(at + i) : 0;
+        for (int i = 0; i < kNeighbours; ++i) old[i] = i < count ? ptx::load_global_16(at + i) : 0;
 #pragma unroll
         for (int i = 0; i < kNeighbours; ++i) {
           const Act v = from_float<Act>(value(old[i]) + sums[q][i / 2][2 * half + i % 2]);
@@ -343,7 +341,6 @@ __global__ void __launch_bounds__(LowRankShape<kWarps>::kThreads, kWarps >= 8 ? 
     low_rank(const __grid_constant__ LowRankArgs args) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   using Part = LowRank<Act, kWarps>;
-  ptx::grid_launch_dependents();
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const Part part{args, warp, lane / 4, lane % 4};
   part.prefetch_up();
@@ -353,6 +350,7 @@ __global__ void __launch_bounds__(LowRankShape<kWarps>::kThreads, kWarps >= 8 ? 
 #pragma unroll
   for (int group = 0; group < Part::kGroups; ++group) part.expand(sum[group], group);
   ptx::grid_dependency_wait();  // the multiplication has written `out`
+  ptx::grid_launch_dependents();
   part.add_to_out(sum);
 #endif
 }

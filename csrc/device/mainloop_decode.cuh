@@ -213,13 +213,13 @@ struct DecodeWarp : DecodePlaces<kTile, kMode> {
   }
   // The ring's barriers, and its first bytes: a lane for a stage. Weights depend on no kernel before this one.
   __device__ __forceinline__ Stream start() const {
-    if (lane < args.smem.stages) {
-      const uint32_t barrier = arrived + lane * kBarrierBytes;
-      ptx::mbarrier_init(barrier, 1);
-      ptx::mbarrier_init_fence();
-      const Stream first = after(lane);
-      if (first.tile < args.tiles) copy(first, ring + lane * kStageBytes, barrier);
-    }
+    const bool fills = lane < args.smem.stages;
+    const uint32_t barrier = arrived + lane * kBarrierBytes;
+    if (fills) ptx::mbarrier_init(barrier, 1);
+    ptx::mbarrier_init_fence();
+    __syncwarp();
+    const Stream first = after(lane);
+    if (fills && first.tile < args.tiles) copy(first, ring + lane * kStageBytes, barrier);
     __syncwarp();
     return after(args.smem.stages);
   }

@@ -115,7 +115,7 @@ struct ProducerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
   // A copy cannot start without its map, so they are asked for first of all. One thread's.
   __device__ __forceinline__ void prefetch_maps() const {
     ptx::prefetch_map(&args.weights_map);
-    ptx::prefetch_map(&args.acts_map);
+    ptx::prefetch_map(args.gemm.tiles_m > 1 ? &args.acts_map : &args.last_map);
     if (kMode != ScaleMode::kNone) ptx::prefetch_map(&args.scales_map);
   }
 
@@ -153,15 +153,16 @@ struct ProducerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
     for_each_stage([&](const BlockWork& work, int col, int stage) {
       const uint32_t to = this->acts_at(stage), barrier = this->full(stage);
       const int token = work.tile_m * kTile.block_m, column = col * format::kTileCols;
-      ptx::mbarrier_arrive_expect(barrier, kSmem.acts_bytes);
+      const bool last = work.tile_m == args.gemm.tiles_m - 1;
+      const CUtensorMap* const map = last ? &args.last_map : &args.acts_map;
+      ptx::mbarrier_arrive_expect(barrier, last ? kHalves * kSwizzleRowBytes * args.last_tokens : kSmem.acts_bytes);
       if (args.share > 1) {
         const int half = this->share_rank();
-        ptx::tensor_load_multicast(to + half * kHalfBytes, &args.acts_map, column + half * kHalfCols, token, barrier,
-                                   kBlocks);
+        ptx::tensor_load_multicast(to + half * kHalfBytes, map, column + half * kHalfCols, token, barrier, kBlocks);
       } else {
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
-          ptx::tensor_load(to + half * kHalfBytes, &args.acts_map, column + half * kHalfCols, token, barrier);
+          ptx::tensor_load(to + half * kHalfBytes, map, column + half * kHalfCols, token, barrier);
         }
       }
     });
@@ -203,7 +204,7 @@ struct ConsumerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
   struct Weights {  // of one column tile and warp, in registers
     uint32_t codes[kPanels][format::kLaneVectorWords];
     uint32_t meta[kPanels][format::kMetaLaneWords];
-    uint32_t next_meta[kPanels];    // a word, until its register above is free
+    uint2 next_meta[kPanels];       // until the registers above are free
     uint32_t scales[kPanels];       // row g in the low half, row g + 8 in the high half
     uint32_t high_scales[kPanels];  // row g + 8, until joined with row g, which waits for both to arrive
   };
@@ -250,12 +251,6 @@ struct ConsumerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
   static __device__ __forceinline__ void join_scales(Weights& w, int panel) {
     w.scales[panel] |= w.high_scales[panel] << 16;
   }
-  __device__ __forceinline__ void load_meta(Weights& w, uint32_t stage, int word) const {
-#pragma unroll
-    for (int b = 0; b < kPanels; ++b) {
-      w.next_meta[b] = ptx::load_shared_32(stage + lane.meta + b * kSmem.tile_bytes + word * format::kWordBytes);
-    }
-  }
   // What is needed of a stage before its first unit. It comes while the units before are multiplied: their shared-memory reads make
   // a load slow, and waiting for it was a third of a warpgroup's time.
   __device__ __forceinline__ void load_first(Weights& w, uint32_t stage) const {
@@ -263,13 +258,14 @@ struct ConsumerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
     for (int b = 0; b < kPanels; ++b) {
       load_codes(w, stage, b, 0);
       if (kMode != ScaleMode::kNone) load_scales(w, stage, b, 0);
+      // both words at once: one at a time, half of the lanes would use the same banks as the other half
+      w.next_meta[b] = ptx::load_shared_v2(stage + lane.meta + b * kSmem.tile_bytes);
     }
-    load_meta(w, stage, 0);
   }
   // A word of metadata, when the units that read the one before are done.
   __device__ __forceinline__ void renew(Weights& w, int word) const {
 #pragma unroll
-    for (int b = 0; b < kPanels; ++b) renew(w.meta[b][word], w.next_meta[b]);
+    for (int b = 0; b < kPanels; ++b) renew(w.meta[b][word], word == 0 ? w.next_meta[b].x : w.next_meta[b].y);
   }
 
   __device__ __forceinline__ void dequantize(ptx::FragA& to, Weights& w, uint32_t stage, int unit) const {
@@ -322,7 +318,9 @@ struct ConsumerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
     renew(w, 0);
     dequantize(buffers[0], w, this->weights_at(place.stage), 0);
     // Carried along, so that the compiler does not work it out again from the start of shared memory, a slow special register.
+    constexpr int kStageStep = kSmem.acts_bytes / kDescriptorUnit;
     uint32_t acts = ptx::descriptor_low(this->acts_at(place.stage));
+    const uint32_t end = acts + (kSmem.stages - place.stage) * kStageStep;
     const int cols = work.last_col - work.first_col;
     for (int i = 0; i < cols; ++i) {
       const Place next = place.next();
@@ -330,7 +328,6 @@ struct ConsumerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
         multiply(sums, buffers[u % kBuffers], w, acts, u);
-        if (u == 0) load_meta(w, this->weights_at(place.stage), 1);
         if (u + 1 < kUnits) {
           dequantize(buffers[(u + 1) % kBuffers], w, this->weights_at(place.stage), u + 1);
         } else if (!last) {
@@ -347,8 +344,8 @@ struct ConsumerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
         }
         if (u == kUnits - 1 && !last) renew(w, 0);
       }
-      constexpr int kStageStep = kSmem.acts_bytes / kDescriptorUnit;
-      acts += next.stage == 0 ? -(kSmem.stages - 1) * kStageStep : kStageStep;
+      acts += kStageStep;
+      if (acts == end) acts -= kSmem.stages * kStageStep;
       place = next;
     }
     ptx::wgmma_wait<0>();

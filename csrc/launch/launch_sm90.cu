@@ -29,7 +29,11 @@ cudaError_t write_maps(device::KernelArgsSm90& args, const Problem& problem, con
                         {extent(kHalfCols), extent(box_rows)},
                         CU_TENSOR_MAP_SWIZZLE_128B};
   };
-  cudaError_t status = swizzled(g.params.acts, g.m, g.k, g.acts_row, tile.size().block_m).write(&args.acts_map);
+  const int block_m = tile.size().block_m;
+  args.last_tokens = g.m - (g.tiles_m - 1) * block_m;
+  cudaError_t status = swizzled(g.params.acts, g.m, g.k, g.acts_row, args.last_tokens).write(&args.last_map);
+  if (status == cudaSuccess && g.tiles_m > 1)
+    status = swizzled(g.params.acts, g.m, g.k, g.acts_row, block_m).write(&args.acts_map);
   if (status == cudaSuccess && args.out_mapped)
     status = swizzled(g.params.out, g.m, g.n, g.n, args.store_tokens).write(&args.out_map);
 

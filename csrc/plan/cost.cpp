@@ -1,6 +1,6 @@
 // The cost model: one formula for all kernels, with constants of each tile (plan/cost_table.h, fitted by benchmarks/fit_plan.py).
 //
-//   us = launch + crowding + (work^p + dram^p + (c l2)^p)^(1/p) + exchange
+//   us = launch + crowding + (work^p + dram^p + (c l2)^p)^(1/p) + exchanges
 //   work = turns x (sum over waves of turn + turn_block x blocks an SM holds) + tile x blocks of an SM, all waves
 //
 // A wave's turns take a latency and, for every block that an SM holds, what it keeps the SM busy. p lies between max (infinity) and
@@ -81,6 +81,8 @@ Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
   e.last_wave = std::ceil((groups - e.full_waves * at_once * e.resident) / at_once);
   e.crowding = std::clamp(2 * groups / (at_once * e.resident) - 1, 0.0, 1.0);
 
+  if (plan.splits > 1) e.exchanges = portable ? 1 : e.full_waves + (e.last_wave > 0);
+
   const double weights =
       static_cast<double>(format::tile_bytes(problem.num_bits)) * format::row_tiles(problem.n) * col_tiles;
   const double acts = m * problem.k * kActBytes, out = m * problem.n * kActBytes;
@@ -100,7 +102,7 @@ double predicted_us(const Problem& problem, const Device& device, const Plan& pl
   if (e.last_wave > 0) work += e.turns * (c.turn + c.turn_block * e.last_wave);
   work += c.tile * (e.full_waves * e.resident + e.last_wave);
   const double sum = std::pow(work, c.power) + std::pow(e.dram_us, c.power) + std::pow(c.l2 * e.l2_us, c.power);
-  const double exchange = plan.splits > 1 ? c.exchange + c.exchange_split * plan.splits + e.reduce_us : 0;
+  const double exchange = e.exchanges * (c.exchange + c.exchange_split * plan.splits) + e.reduce_us;
   return c.launch + c.crowding * e.crowding + std::pow(sum, 1 / c.power) + exchange;
 }
 

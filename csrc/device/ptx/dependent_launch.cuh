@@ -3,7 +3,6 @@
 //
 // Every kernel of ours lets its successor start only after its own wait. So when a kernel runs, at most the kernel right before it
 // is unfinished, and whatever was complete by then, weights above all, may be read before the wait.
-// One exception, which lets its successor start at once: device/low_rank.cuh.
 #pragma once
 #include <cstdint>
 
