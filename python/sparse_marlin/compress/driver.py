@@ -69,8 +69,8 @@ def compress(
             in a dense layer: no bytes are saved here, it shows what a dense INT4 kernel would give.
         num_sequences, seq_len: of the calibration; default 256 of 2048 tokens on a GPU, 128 of 256 on a CPU.
         seed: draws the sequences where there are more.
-        damping: share of the mean diagonal of H that is added to it. The literature's 0.01 is best on text like the
-            calibration text; more gives a little of that away and gains more on other text (docs/ACCURACY.md).
+        damping: share of the mean diagonal of H that is added to it. The default was best on text of several kinds that
+            was not calibrated on; the literature has 0.01 (docs/ACCURACY.md).
         scale_dtype: what scales and corrections are rounded to, for a model that will be saved in that dtype; default:
             the dtype of the weights.
         device: where the arithmetic runs, block by block; default: where the model is.

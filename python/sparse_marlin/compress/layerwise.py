@@ -32,8 +32,7 @@ from .state import State, dense_twin
 from .sweep import joint_sweep
 
 FALLBACKS = ("dense", "int4")
-# The literature's 0.01 is best on text like the calibrated one, more is better on other text (docs/ACCURACY.md).
-DEFAULT_DAMPING = 0.1
+DEFAULT_DAMPING = 0.1  # best on text of several kinds, none of it calibrated on (docs/ACCURACY.md)
 _TURNS = 2  # of codes and correction
 FOLLOW = 1.0  # share of the inputs' errors that the default quality makes good (docs/ACCURACY.md)
 _KEEP_ON_DEVICE_BYTES = 10_000_000_000  # of hidden states; more are kept in host memory
