@@ -6,7 +6,10 @@
 The formula is in csrc/plan/cost.cpp; what a plan makes the GPU do comes from there, too (`_core.effort`). Each tile has
 constants of its own, found by non-linear least squares on the logarithm of the time. Plans near the best one of their
 problem weigh most, since the choice is made among them. Constants that few measurements decide stay near those of the
-tile's kernel as a whole, which are fitted first. Regrets are those of a choice among the plans that were measured.
+tile's kernel as a whole, which are fitted first. A second step moves all constants a little so that the choices by them
+cost least: it descends along the gradient of the expected regret, where a plan is chosen with a probability that falls
+with its predicted time. Regrets are those of a choice among the plans that were measured; --held-out N fits to all
+problems but every N-th and tells the regret of those.
 """
 
 import argparse
@@ -15,8 +18,10 @@ import subprocess
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from scipy.optimize import least_squares
 
 from sparse_marlin import _core
@@ -31,6 +36,9 @@ HIGHEST = {"power": 8.0, "l2": 3.0}
 # Of the distance from the kernel's constants, in units of the error that a measurement may have.
 HOLD, KERNEL_HOLD = 0.02, 0.02
 SHARPNESS = 15.0  # a plan 1 / 15 slower than the best one weighs half
+# Of the second step: how much slower a plan is predicted that is chosen a third as often, the weight of the distance
+# from the first step's constants, Adam's steps and their size.
+BLUR, REFINED_HOLD, STEPS, STEP = 0.03, 0.5, 200, 0.01
 GOOD = 0.07
 HBM3_GB_PER_S = 3352.0  # where a result does not say
 
@@ -40,21 +48,28 @@ class Samples:
     """Plans of one tile, a column each."""
 
     problem: list[int]
-    splits: np.ndarray
-    us: np.ndarray
-    weight: np.ndarray
-    effort: dict[str, np.ndarray]
+    splits: Any  # arrays, tensors in the second step
+    us: Any
+    weight: Any
+    effort: dict[str, Any]
+
+    def where(self, wanted: np.ndarray) -> "Samples":
+        return Samples(
+            [p for p, w in zip(self.problem, wanted, strict=True) if w],
+            *(each[wanted] for each in (self.splits, self.us, self.weight)),
+            {name: column[wanted] for name, column in self.effort.items()},
+        )
 
 
 EFFORT = ("turns", "full_waves", "resident", "last_wave", "crowding", "dram_us", "l2_us", "exchanges", "reduce_us")
 
 
-def predicted(constants: np.ndarray, s: Samples) -> np.ndarray:
-    """csrc/plan/cost.cpp, for all plans at once."""
+def predicted(constants: Any, s: Samples) -> Any:
+    """csrc/plan/cost.cpp, for all plans at once, arrays or tensors; constants for all, or a column for each plan."""
     launch, crowding, turn, turn_block, tile, l2, power, exchange, exchange_split = constants
     e = s.effort
     waves = e["full_waves"] * (turn + turn_block * e["resident"])
-    waves = waves + np.where(e["last_wave"] > 0, turn + turn_block * e["last_wave"], 0)
+    waves = waves + (e["last_wave"] > 0) * (turn + turn_block * e["last_wave"])
     work = e["turns"] * waves + tile * (e["full_waves"] * e["resident"] + e["last_wave"])
     total = (work**power + e["dram_us"] ** power + (l2 * e["l2_us"]) ** power) ** (1 / power)
     return (
@@ -139,6 +154,45 @@ def fit(samples: dict[int, Samples]) -> list[np.ndarray]:
     return constants
 
 
+def refined(constants: list[np.ndarray], samples: dict[int, Samples]) -> list[np.ndarray]:
+    """The second step."""
+    order = sorted(samples)
+    all_plans = joined([samples[i] for i in order])
+    s = Samples(
+        all_plans.problem,
+        *(
+            torch.from_numpy(np.asarray(each, dtype=float))
+            for each in (all_plans.splits, all_plans.us, all_plans.weight)
+        ),
+        {name: torch.from_numpy(column) for name, column in all_plans.effort.items()},
+    )
+    s.effort["l2_us"] = s.effort["l2_us"].clamp_min(1e-6)  # its power has no gradient at 0
+    tile = torch.tensor([i for i in order for _ in samples[i].problem])
+    problem = torch.tensor(s.problem)
+    count = int(problem.max()) + 1
+
+    def of_problem(values: torch.Tensor, how: str) -> torch.Tensor:
+        return torch.zeros(count).double().scatter_reduce(0, problem, values, how, include_self=False)[problem]
+
+    regret = s.us / of_problem(s.us, "amin") - 1
+    first = torch.log(torch.from_numpy(np.array(constants)))
+    low = torch.tensor([LOWEST.get(name, SMALLEST) for name in NAMES]).double().log()
+    high = torch.tensor([HIGHEST.get(name, LARGEST) for name in NAMES]).double().log()
+    logs = first.clamp(low, high).requires_grad_()
+    adam = torch.optim.Adam([logs], lr=STEP)
+    for _ in range(STEPS):
+        adam.zero_grad()
+        odds = -torch.log(predicted(logs.exp()[tile].T, s)) / BLUR
+        odds = torch.exp(odds - of_problem(odds.detach(), "amax"))
+        chosen = odds / of_problem(odds, "sum")
+        loss = (chosen * regret).sum() / len(set(s.problem)) + REFINED_HOLD * ((logs - first) ** 2).mean()
+        loss.backward()
+        adam.step()
+        with torch.no_grad():
+            logs.clamp_(low, high)
+    return list(logs.detach().exp().numpy())
+
+
 def write(constants: list[np.ndarray], source: str) -> None:
     text = TABLE.read_text()
     head, tail = text.index("kTileCosts{{\n") + len("kTileCosts{{\n"), text.index("}};")
@@ -185,9 +239,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="JSON files of bench_plan.py")
     parser.add_argument("--report", action="store_true", help="print the regret of the table as it is, fit nothing")
+    parser.add_argument(
+        "--held-out", type=int, metavar="N", help="fit without every N-th problem, report those, write nothing"
+    )
     args = parser.parse_args()
     samples, rows = load(args.results)
-    constants = compiled_in() if args.report else fit(samples)
+    if args.held_out:
+        sizes = sorted({(row["m"], row["n"], row["k"]) for row in rows}, key=hash)[:: args.held_out]
+        held = np.array([(row["m"], row["n"], row["k"]) in sizes for row in rows])
+        part = {tile: s.where(~held[s.problem]) for tile, s in samples.items()}
+        part = {tile: s for tile, s in part.items() if s.problem}
+        constants = refined(fit(part), part)
+        report(constants, {tile: s.where(held[s.problem]) for tile, s in samples.items()}, rows)
+        return
+    constants = compiled_in() if args.report else refined(fit(samples), samples)
     report(constants, samples, rows)
     if not args.report:
         write(constants, ", ".join(path.name for path in args.results))

@@ -453,38 +453,3 @@ def test_no_decode_kernel_spills(all_cubins):
     assert len(stacks) == len(ACTS) * len(_core.NUM_BITS) * tiles * SCALE_MODES
     faults = [f"{kernel}: {stack} bytes of stack" for kernel, stack in stacks.items() if stack > 0]
     assert not faults, "\n".join(faults)
-
-
-def test_no_kernel_of_the_correction_spills(all_cubins):
-    def name(line: str) -> str | None:
-        found = re.search(r"low_rankI\w+", line)
-        return found[0] if found else None
-
-    stacks = stacks_of([path for path in all_cubins if b"low_rankI" in path.read_bytes()], name)
-    assert len(stacks) == len(ACTS) * 2, "few warps and many"
-    faults = [f"{kernel}: {stack} bytes of stack" for kernel, stack in stacks.items() if stack > 0]
-    assert not faults, "\n".join(faults)
-
-
-def test_the_correction_touches_the_output_only_after_its_wait(all_cubins):
-    """After its wait come every store and as many loads, those of what it adds to, and the start of its successor."""
-    codes: dict[str, Code] = {}
-    for cubin in all_cubins:
-        if b"low_rankI" not in cubin.read_bytes():
-            continue
-        name = ""
-        for line in lines(cuobjdump(), "-sass", str(cubin), folder=cubin.parent):
-            if "Function : " in line:
-                name = line.strip() if "low_rankI" in line else ""
-            elif name and (each := instruction(line)):
-                codes.setdefault(name, []).append(each)
-    assert len(codes) == len(ACTS) * 2, "few warps and many"
-    for name, code in codes.items():
-        (wait,) = (i for i, each in enumerate(code) if each.opcode == "ACQBULK")
-        (start,) = (i for i, each in enumerate(code) if each.opcode == "PREEXIT")
-        assert start > wait, f"{name}: lets its successor start before its wait"
-        stores = [i for i, each in enumerate(code) if each.name == "STG"]
-        loads = [i for i, each in enumerate(code) if each.name == "LDG"]
-        assert stores, name
-        assert min(stores) > wait, f"{name}: {code[min(stores)]}"
-        assert sum(i > wait for i in loads) == len(stores), name

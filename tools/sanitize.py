@@ -151,25 +151,6 @@ def gemm_kernels() -> int:
     return len(ran) + walked
 
 
-def low_rank_kernels() -> int:
-    """The correction's kernels, of many warps and of few, on whole and ragged rows, with ranks that fill no step. Not
-    where a tensor copy stores what the kernel reads: initcheck does not see those."""
-    device = planner_device()
-    if device.compute_capability < 90 or not device.hopper_kernels:
-        return 0
-    launches = 0
-    sizes = ((3, 2312, 264, 72), (19, 2309, 264, 8), (5, 17000, 192, 72), (33, 17001, 136, 64))
-    for (m, n, k, rank), dtype in product(sizes, (torch.float16, torch.bfloat16)):
-        codes, scales = testing.random_codes(n, k), testing.random_scales(n, k, 64, dtype)
-        packed = sparse_marlin.pack_24_weights(codes, scales, 64)
-        a, up, down = (torch.randn(*shape).to(dtype) for shape in ((m, k), (n, rank), (rank, k)))
-        on_gpu = [t.cuda() for t in (a, packed, scales, down, up)]
-        out = torch.ops.sparse_marlin._sparse_marlin_gemm_low_rank_by(*on_gpu, 64, 4, None, True)
-        testing.assert_accepted(out.cpu(), a, codes, scales, 64, None, f"{m} {n} {k} {rank}", (up, down))
-        launches += 1
-    return launches
-
-
 def check(sanitizer: str, tool: str) -> dict[str, Any]:
     options = [*TOOLS[tool], "--print-limit", "20", "--error-exitcode", "9"]
     start = time.monotonic()
@@ -211,7 +192,6 @@ def main() -> int:
         return 1
     if args.launch:
         counts = {"multiplications": gemm_kernels(), "packings and unpackings": pack_kernels()}
-        counts["corrections"] = low_rank_kernels()
         print(json.dumps({**counts, "imports and exports": legacy_kernels()}))
         return 0
     sanitizer = os.environ.get("COMPUTE_SANITIZER") or shutil.which("compute-sanitizer")

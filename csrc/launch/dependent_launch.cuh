@@ -7,7 +7,7 @@ namespace sparse_marlin {
 // cluster: blocks launched together on neighbouring SMs. Where the GPU knows no dependent launch, an ordinary one.
 template <typename Args>
 cudaError_t launch_dependent(void (*kernel)(Args), const Args& args, int64_t grid, int threads, int smem_bytes,
-                             int cluster, bool dependent, cudaStream_t stream, int grid_y = 1) {
+                             int cluster, bool dependent, cudaStream_t stream) {
   cudaLaunchAttribute attributes[2] = {};
   unsigned count = 0;
   if (dependent) {
@@ -21,7 +21,7 @@ cudaError_t launch_dependent(void (*kernel)(Args), const Args& args, int64_t gri
     ++count;
   }
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(grid), static_cast<unsigned>(grid_y));
+  config.gridDim = static_cast<unsigned>(grid);
   config.blockDim = static_cast<unsigned>(threads);
   config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
   config.stream = stream;

@@ -9,9 +9,7 @@
 #include <tuple>
 
 #include "launch/launch.h"
-#include "launch/low_rank.h"
 #include "torch/arguments.h"
-#include "torch/low_rank.h"
 
 namespace sparse_marlin {
 namespace {
@@ -78,7 +76,7 @@ std::tuple<Tensor, Tensor> export_cuda_op(const Tensor& weight_packed, int64_t s
 
 // `choose` makes the plan from the problem and the device.
 template <class Choose>
-Tensor run_gemm(GemmCall call, int32_t device_index, const Choose& choose, const char* op = kGemmOp) {
+Tensor run_gemm(GemmCall call, int32_t device_index, const Choose& choose) {
   Plan plan;
   try {
     const Device& device = device_properties(device_index);
@@ -88,7 +86,7 @@ Tensor run_gemm(GemmCall call, int32_t device_index, const Choose& choose, const
     if (call.problem.m == 0) return call.out;
     plan = choose(call.problem, device);
   } catch (const std::exception& error) {
-    throw std::runtime_error(std::string(op) + ": a: " + error.what());
+    throw std::runtime_error(std::string(kGemmOp) + ": a: " + error.what());
   }
   std::optional<Tensor> workspace;
   if (plan.workspace_bytes > 0) {
@@ -97,7 +95,7 @@ Tensor run_gemm(GemmCall call, int32_t device_index, const Choose& choose, const
     workspace = device_buffer(call.out, floats, ScalarType::Float);
     call.params.workspace = workspace->mutable_data_ptr();
   }
-  expect_no_error(op, launch(call.problem, plan, call.params, current_stream(call.out)));
+  expect_no_error(kGemmOp, launch(call.problem, plan, call.params, current_stream(call.out)));
   return call.out;
 }
 
@@ -111,19 +109,6 @@ Plan remembered_plan(const Problem& problem, const Device& device, int32_t devic
   if (found != plans.end()) return found->second;
   if (plans.size() >= kMost) plans.clear();
   return plans.emplace(key, plan(problem, device)).first->second;
-}
-
-LowRankParams low_rank_params(const LowRankCall& call) {
-  const Problem& p = call.gemm.problem;
-  return {call.gemm.params.acts,
-          call.down.const_data_ptr(),
-          call.up.const_data_ptr(),
-          call.gemm.params.out,
-          p.m,
-          p.n,
-          p.k,
-          call.down.size(0),
-          p.dtype};
 }
 
 Tensor gemm_cuda_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, int64_t group_size,
@@ -148,45 +133,6 @@ Tensor gemm_tile_cuda_op(const Tensor& a, const Tensor& weight_packed, const Ten
   });
 }
 
-// The multiplication, then the correction: in its kernel where there is one for the problem. Nothing may come between the two on the
-// stream (launch/low_rank.h). dependent: both may start before the kernel before them has finished.
-Tensor run_low_rank(const LowRankCall& call, bool kernel, bool dependent) {
-  const int32_t index = call.gemm.out.get_device_index();
-  run_gemm(
-      call.gemm, index,
-      [=](const Problem& problem, const Device& device) {
-        Plan plan = remembered_plan(problem, device, index);
-        plan.dependent = dependent;
-        return plan;
-      },
-      kLowRankOp);
-  if (call.gemm.problem.m == 0) return call.gemm.out;
-  if (kernel) {
-    expect_no_error(kLowRankOp, add_low_rank(low_rank_params(call), index, dependent, current_stream(call.gemm.out)));
-  } else {
-    add_products(call);
-  }
-  return call.gemm.out;
-}
-
-Tensor gemm_low_rank_cuda_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, const Tensor& down,
-                             const Tensor& up, int64_t group_size, int64_t num_bits,
-                             const std::optional<Tensor>& bias) {
-  const LowRankCall call = low_rank_call(a, weight_packed, scales, down, up, group_size, num_bits, bias);
-  const DeviceGuard guard(call.gemm.out.get_device_index());
-  return run_low_rank(call, takes_low_rank(low_rank_params(call), call.gemm.out.get_device_index()), true);
-}
-
-Tensor gemm_low_rank_by_cuda_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, const Tensor& down,
-                                const Tensor& up, int64_t group_size, int64_t num_bits,
-                                const std::optional<Tensor>& bias, bool kernel, bool dependent) {
-  const LowRankCall call = low_rank_call(a, weight_packed, scales, down, up, group_size, num_bits, bias);
-  const DeviceGuard guard(call.gemm.out.get_device_index());
-  if (kernel && !takes_low_rank(low_rank_params(call), call.gemm.out.get_device_index()))
-    fail(kLowRankOp, "kernel", "a problem and a GPU that the kernel takes", "others", "use two products");
-  return run_low_rank(call, kernel, dependent);
-}
-
 }  // namespace
 }  // namespace sparse_marlin
 
@@ -194,9 +140,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_marlin, CUDA, m) {
   m.impl("pack_24_weights", TORCH_BOX(&sparse_marlin::pack_cuda_op));
   m.impl("unpack_24_weights", TORCH_BOX(&sparse_marlin::unpack_cuda_op));
   m.impl("sparse_marlin_gemm", TORCH_BOX(&sparse_marlin::gemm_cuda_op));
-  m.impl("sparse_marlin_gemm_low_rank", TORCH_BOX(&sparse_marlin::gemm_low_rank_cuda_op));
   m.impl("import_marlin_24", TORCH_BOX(&sparse_marlin::import_cuda_op));
   m.impl("export_marlin_24", TORCH_BOX(&sparse_marlin::export_cuda_op));
   m.impl("_sparse_marlin_gemm_tile", TORCH_BOX(&sparse_marlin::gemm_tile_cuda_op));
-  m.impl("_sparse_marlin_gemm_low_rank_by", TORCH_BOX(&sparse_marlin::gemm_low_rank_by_cuda_op));
 }

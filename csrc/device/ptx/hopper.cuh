@@ -66,18 +66,6 @@ __device__ __forceinline__ void store_remote(uint32_t address, float4 v) {
                : "memory");
 }
 
-// Four floats from the shared memory of another block of the cluster, from the address that would be `address` here.
-__device__ __forceinline__ float4 load_remote(uint32_t address, int block) {
-  float4 v;
-  asm volatile(
-      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"(address), "r"(block)
-      : "memory");
-  return v;
-}
-
 // The two halves of cluster_meet, for what is to be done in between.
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
