@@ -97,7 +97,7 @@ def test_few_tokens_take_small_tiles_and_many_take_large_ones():
 
 
 def test_only_hopper_with_its_native_code_gets_the_hopper_kernel():
-    problem, few = _core.Problem(4096, 4096, 4096), _core.Problem(1, 4096, 4096)
+    problem, few = _core.Problem(4096, 4096, 4096), _core.Problem(8, 4096, 14336)
     without = _core.Device(90, 132, 227 * KIB, 228 * KIB, 50 << 20, hopper_kernels=False)
     for name, device in {**DEVICES, "H100 without": without}.items():
         hopper = name == "H100"
