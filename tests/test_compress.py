@@ -1,67 +1,21 @@
-"""compress on whole models: what each layer is calibrated on, atomicity, resumption, masks, fallbacks, bad input."""
+"""compress on whole models: what each layer is calibrated on, what is made of it, masks, fallbacks."""
 
 import copy
 import dataclasses
-import os
-import resource
-import signal
-import subprocess
-import sys
-import textwrap
-import time
-import warnings
-from pathlib import Path
 
 import pytest
 import torch
+from compress_models import llama, logits, same, tensors, tokens
 from torch import nn
 
 from sparse_marlin import SparseMarlinLinear, compress, replace_linears
 from sparse_marlin.compress import QUALITIES, layerwise
 from sparse_marlin.compress.blocks import find_blocks, shared_inputs
-from sparse_marlin.compress.calibration import calibration_tokens
 from sparse_marlin.compress.solvers import SOLVERS, magnitude
 from sparse_marlin.quantize import prune_24_magnitude
 from sparse_marlin.replace import select
 
-transformers = pytest.importorskip("transformers")
-
 pytestmark = pytest.mark.filterwarnings("ignore:compress. calibration")
-VOCABULARY = 320
-
-
-def llama(device="cpu", dtype=torch.float32, layers=2, **options):
-    torch.manual_seed(0)
-    settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 100,  # no multiple of any group size
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.2,
-        "pad_token_id": 0,
-    }
-    config = transformers.LlamaConfig(**{**settings, **options})
-    return transformers.LlamaForCausalLM(config).eval().to(device=device, dtype=dtype)
-
-
-def tokens(count=24, length=24, seed=1):
-    return torch.randint(1, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
-
-
-def tensors(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def logits(model, ids):
-    with torch.inference_mode():
-        return model(ids.to(next(model.parameters()).device)).logits.float().cpu()
 
 
 # --- the result -------------------------------------------------------------------------------------------------------
@@ -316,6 +270,17 @@ def test_training_mode_and_hooks_are_as_before():
     assert all("forward" not in vars(module) for module in model.modules())
 
 
+def test_groups_are_found_by_the_forward_itself():
+    model = llama()
+    blocks, _ = find_blocks(model, select(model, group_size=32, num_bits=4).chosen)
+    assert [block.name for block in blocks] == ["model.layers.0", "model.layers.1"]
+    hidden = torch.randn(1, 5, 64)
+    call = layerwise.Call(kwargs={"position_embeddings": model.model.rotary_emb(hidden, torch.arange(5)[None])})
+    groups = shared_inputs(blocks[0], hidden, call)
+    kinds = [[candidate.name.rpartition(".")[2] for candidate in group.linears] for group in groups]
+    assert kinds == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
 # --- patterns, fallbacks ----------------------------------------------------------------------------------------------
 
 
@@ -377,233 +342,3 @@ def test_layers_over_the_error_limit(fallback):
             assert 0 < layer.output_error < limit
             values = module.weight[0, :32].unique()
             assert len(values) <= 16
-
-
-# --- failures leave the model as it was -------------------------------------------------------------------------------
-
-
-def test_a_failure_in_a_later_block_changes_nothing():
-    model = llama()
-    before, modules = tensors(model), [id(module) for module in model.modules()]
-    calls = []
-
-    def fails(problem):
-        calls.append(1)
-        if len(calls) == 6:
-            raise RuntimeError("no more")
-        return magnitude(problem)
-
-    with pytest.raises(RuntimeError, match="no more"):
-        compress(model, tokens(), quality=fails, group_size=32)
-    assert same(before, tensors(model))
-    assert modules == [id(module) for module in model.modules()]
-    assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
-
-
-def damaged(name, value):
-    def damage(model):
-        with torch.no_grad():
-            model.get_parameter(name)[3, 5] = value
-
-    return damage
-
-
-def already_compressed(model):
-    replace_linears(model, group_size=32)
-
-
-def shared_block(model):
-    model.model.layers[1] = model.model.layers[0]
-
-
-def overflow(model):
-    """Activations that are NaN although every weight is finite."""
-    model.model.layers[0].input_layernorm.weight.data[7] = float("inf")
-
-
-@pytest.mark.parametrize(
-    ("change", "options", "error", "message"),
-    [
-        (damaged("model.layers.1.mlp.up_proj.weight", torch.nan), {}, ValueError, "up_proj: weight: .* nan at row 3"),
-        (overflow, {}, ValueError, r"layers\.0\.self_attn\.q_proj: activations: expected finite inputs, .* feature 7"),
-        (already_compressed, {}, ValueError, "expected a dense model, got one that is compressed already"),
-        (shared_block, {}, ValueError, "its block model.layers.0 is used again as model.layers.1"),
-        (None, {"ignore": ["Linear"]}, ValueError, "expected a linear layer to convert, got 15 that stay dense"),
-        (None, {"quality": "best"}, ValueError, "quality: expected one of magnitude, .*, joint, got 'best'"),
-        (None, {"group_size": 48}, ValueError, "group_size: expected one of"),
-        (None, {"num_bits": 3}, ValueError, "num_bits: expected one of"),
-        (None, {"rank": -1}, ValueError, "rank: expected 0"),
-        (None, {"max_error": 0.0}, ValueError, "max_error: expected a number > 0"),
-        (None, {"fallback": "int8"}, ValueError, "fallback: expected one of dense, int4"),
-        (None, {"calibration": torch.zeros(0, 8, dtype=torch.long)}, ValueError, "at least one sequence of 8 tokens"),
-        (None, {"calibration": torch.rand(4, 8)}, TypeError, "expected integer token ids, got torch.float32"),
-        (None, {"calibration": tokens() + 300}, ValueError, "expected token ids below 320"),
-        (None, {"calibration": tokens() - 300}, ValueError, "expected token ids from 0"),
-        (None, {"calibration": ["some text"]}, ValueError, "tokenizer: expected one, since calibration is text"),
-        (None, {"calibration": 7}, TypeError, "calibration: expected a file, a text, token ids"),
-        (None, {"calibration": "no/such/file.txt"}, ValueError, "no/such/file.txt: expected a file"),
-        (None, {"calibration": tokens(1, 8)[0], "seq_len": 9}, ValueError, "one sequence of 9 tokens, got 8 tokens"),
-        (None, {"seq_len": 0, "calibration": ["x"]}, ValueError, "tokenizer|seq_len"),
-    ],
-)
-def test_bad_input_is_one_clear_error(change, options, error, message):
-    model = llama()
-    if change:
-        change(model)
-    before = tensors(model)
-    arguments = {"calibration": tokens(), "group_size": 32, **options}
-    with pytest.raises(error, match=message) as caught:
-        compress(model, arguments.pop("calibration"), **arguments)
-    assert len(str(caught.value).splitlines()) == 1
-    now = tensors(model)
-    assert all(torch.equal(now[name].nan_to_num(), before[name].nan_to_num()) for name in before)
-
-
-def test_tied_and_odd_linears_stay_dense():
-    model = llama(intermediate_size=102)
-    model.model.layers[1].self_attn.v_proj.weight = model.model.layers[0].self_attn.v_proj.weight
-    report = compress(model, tokens(), group_size=32)
-    reasons = {layer.name: layer.reason for layer in report.skipped}
-    assert reasons["model.layers.0.mlp.down_proj"] == "in_features 102 is not divisible by 4"
-    assert "shared with model.layers.0.self_attn.v_proj" in reasons["model.layers.1.self_attn.v_proj"]
-    assert len(report.converted) == 14 - 4
-
-
-# --- calibration ------------------------------------------------------------------------------------------------------
-
-
-class Words:
-    """A tokenizer of one token a word."""
-
-    def __call__(self, text, **_):
-        return {"input_ids": [1 + len(word) for word in text.split()]}
-
-
-@pytest.mark.filterwarnings("default:compress. calibration")
-def test_few_sequences_are_a_warning():
-    with pytest.warns(UserWarning, match="at least 128 sequences for a good result, got 127 of 8 tokens"):
-        calibration_tokens(tokens(127, 8), seq_len=8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert calibration_tokens(tokens(128, 8), seq_len=8).shape == (128, 8)
-
-
-def test_calibration_from_text_files_and_lists(tmp_path):
-    file = tmp_path / "my text.txt"
-    file.write_text("one three eleven five " * 100)
-    wanted = torch.tensor([4, 6, 7, 5] * 100)[:396].view(-1, 6)
-    for given in (file, str(file), file.read_text(), [file.read_text()], ["one three eleven five"] * 100):
-        found = calibration_tokens(given, Words(), seq_len=6)
-        assert torch.equal(found, wanted)
-    drawn = [calibration_tokens(tokens(64, 8), seq_len=8, num_sequences=5, seed=seed) for seed in (0, 0, 1)]
-    assert torch.equal(drawn[0], drawn[1])
-    assert not torch.equal(drawn[0], drawn[2])
-    assert drawn[0].shape == (5, 8)
-
-
-def test_groups_are_found_by_the_forward_itself():
-    model = llama()
-    blocks, _ = find_blocks(model, select(model, group_size=32, num_bits=4).chosen)
-    assert [block.name for block in blocks] == ["model.layers.0", "model.layers.1"]
-    hidden = torch.randn(1, 5, 64)
-    call = layerwise.Call(kwargs={"position_embeddings": model.model.rotary_emb(hidden, torch.arange(5)[None])})
-    groups = shared_inputs(blocks[0], hidden, call)
-    kinds = [[candidate.name.rpartition(".")[2] for candidate in group.linears] for group in groups]
-    assert kinds == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
-
-
-# --- resumption -------------------------------------------------------------------------------------------------------
-
-
-def test_an_interrupted_call_continues_and_gives_the_same(tmp_path):
-    state = tmp_path / "state"
-    whole = llama(layers=3)
-    report = compress(whole, tokens(), group_size=32, rank=2, max_error=0.3)
-    solved = []
-
-    def counting(stop):
-        def joint(problem):
-            solved.append(1)
-            if len(solved) == stop:
-                raise KeyboardInterrupt
-            return SOLVERS["joint"](problem)
-
-        return joint
-
-    model = llama(layers=3)
-    options = {"group_size": 32, "rank": 2, "max_error": 0.3, "state": state}
-    with pytest.raises(KeyboardInterrupt):
-        compress(model, tokens(), quality=counting(10), **options)  # in the third block
-    assert sorted(path.name for path in state.iterdir()) == ["block-00000.safetensors", "block-00001.safetensors"]
-    solved.clear()
-    again = compress(model, tokens(), quality=counting(None), **options)
-    assert len(solved) == 4
-    assert same(tensors(model), tensors(whole))
-    assert again.to_dict()["layers"] == report.to_dict()["layers"]
-    # Other inputs: nothing of it is used. A damaged file: its block is done again.
-    solved.clear()
-    compress(llama(layers=3), tokens(seed=3), quality=counting(None), **options)
-    assert len(solved) == 12
-    (state / "block-00001.safetensors").write_bytes(b"\0" * 100)
-    solved.clear()
-    compress(llama(layers=3), tokens(seed=3), quality=counting(None), **options)
-    assert len(solved) == 4
-
-
-CHILD = """
-    import os, sys, torch
-    sys.path.insert(0, {tests!r})
-    torch.set_num_threads(1)
-    from test_compress import compress, llama, tensors, tokens
-    model = llama(layers=3)
-    compress(model, tokens(), group_size=32, state={state!r})
-    torch.save(tensors(model), {out!r})
-"""
-
-
-def child(tmp_path, limit=None):
-    script = textwrap.dedent(CHILD).format(
-        tests=str(Path(__file__).parent), state=str(tmp_path / "state"), out=str(tmp_path / "out.pt")
-    )
-    paths = os.pathsep.join(path for path in sys.path if path)
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-
-    def limited():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    before = limited if limit else None
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", script], env=environment, preexec_fn=before, **pipes)
-
-
-@pytest.mark.slow
-def test_killed_in_the_middle_no_finished_block_is_lost(tmp_path):
-    running = child(tmp_path)
-    first = tmp_path / "state" / "block-00000.safetensors"
-    deadline = time.monotonic() + 240
-    while not first.exists() and running.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    running.send_signal(signal.SIGKILL)
-    running.communicate()
-    assert first.exists()
-    assert not (tmp_path / "out.pt").exists()
-    written = {path: path.stat().st_mtime_ns for path in first.parent.glob("*.safetensors")}
-    again = child(tmp_path)
-    assert again.wait(timeout=240) == 0, again.communicate()[1]
-    assert {path: path.stat().st_mtime_ns for path in written} == written
-    # a process like it that nobody killed: with other threads, sums would round differently and codes with them
-    (tmp_path / "whole").mkdir()
-    whole = child(tmp_path / "whole")
-    assert whole.wait(timeout=240) == 0, whole.communicate()[1]
-    assert same(torch.load(tmp_path / "out.pt"), torch.load(tmp_path / "whole" / "out.pt"))
-
-
-@pytest.mark.slow
-def test_a_full_disk_is_one_error_and_leaves_no_half_file(tmp_path):
-    """A limit on the size of files stands for the disk: the write fails where a full disk would make it fail."""
-    running = child(tmp_path, limit=4096)
-    _, errors = running.communicate(timeout=240)
-    assert running.returncode == 1
-    assert "block-00000.safetensors: could not be written" in errors.strip().splitlines()[-1]
-    assert list((tmp_path / "state").iterdir()) == []

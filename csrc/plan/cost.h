@@ -15,9 +15,8 @@ struct Effort {
   double crowding = 0;    // 0: the next kernel's blocks all find room beside this one's, 1: none does
   double dram_us = 0;     // bytes over bandwidth: each input and output once
   double l2_us = 0;       // bytes over a nominal bandwidth: what the blocks of one SM read
-  double exchanges =
-      0;  // of sums, one after another, where k is split: a cluster that splits k ends with its output tile
-  double reduce_us = 0;  // the portable kernel's splits: their sums, through the workspace
+  double exchanges = 0;   // of sums, one after another: a cluster that splits k ends with its output tile
+  double reduce_us = 0;   // the portable kernel's splits: their sums, through the workspace
 };
 
 Effort effort(const Problem& problem, const Device& device, const Plan& plan);
