@@ -16,8 +16,6 @@ struct ExchangeSm90 {
   static constexpr int kVectors = kChunkSums / kVectorSums;
   static constexpr int kVectorBytes = kChunkBytes / kVectors;  // of all threads
   using Sums = typename Consumer::Sums;
-  // Few sums are sent by stores that their receiver counts; of many, each such store costs more than a meeting of the cluster does.
-  static constexpr bool kCounted = kTile.block_m * kTile.block_n() <= 4096;
 
   const Consumer& consumer;
   const int splits;
@@ -41,7 +39,7 @@ struct ExchangeSm90 {
         const float* v = sums[c / kPanelChunks] + c % kPanelChunks * kChunkSums + i * kVectorSums;
         const uint32_t place = ptx::remote_address(at + i * kVectorBytes, to);
         const float4 vector = make_float4(v[0], v[1], v[2], v[3]);
-        if constexpr (kCounted) {
+        if constexpr (kTile.counts_sums()) {
           ptx::store_remote_counted(place, ptx::remote_address(consumer.received(), to), vector);
         } else {
           ptx::store_remote(place, vector);
@@ -56,7 +54,7 @@ struct ExchangeSm90 {
 
   // All sums of the block's chunks are here.
   __device__ __forceinline__ void wait() const {
-    if constexpr (kCounted) {
+    if constexpr (kTile.counts_sums()) {
       ptx::mbarrier_wait_cluster(consumer.received(), 0);
     } else {
       ptx::cluster_sync();

@@ -139,13 +139,6 @@ struct DecodeEpilogue {
   }
 };
 
-// All barriers in shared memory are ready. Reached from two places, which __syncthreads does not allow.
-template <TileDecode kTile>
-__device__ __forceinline__ void meet_at_start() {
-  constexpr int kBarrier = 2;
-  ptx::named_barrier(kBarrier, kTile.threads());
-}
-
 // The tile goes by its index in kTilesDecode, as in kernel_sm80.cuh.
 template <typename Act, int kBits, int kTileIndex, ScaleMode kMode>
 __global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(), kTilesDecode[kTileIndex].blocks)
@@ -161,31 +154,35 @@ __global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(), kTilesDeco
   // the same in all lanes of a warp, which the compiler learns from the shuffle
   const int warp = __shfl_sync(~0u, threadIdx.x / format::kLanes, 0), lane = threadIdx.x % format::kLanes;
 
-  if (warp == kTile.warps()) {
-    const Loader loader{{args, smem}};
-    typename Loader::State state;
-    const bool asks = ptx::elect_one();
-    if (asks) ptx::prefetch_map(&args.acts_map);
-    if (asks && Loader::kScaled) ptx::prefetch_map(&args.scales_map);
-    loader.init_barriers(lane);
-    if (asks) state = loader.begin();
-    if (asks && args.gemm.splits > 1) loader.expect_sums();
-    __syncwarp();  // the barriers that follow want all lanes at once
-    meet_at_start<kTile>();
-    if (args.gemm.splits > 1) ptx::cluster_arrive();
-    if (asks) loader.run(state);
-    return;
-  }
+  const bool loads = warp == kTile.warps();
+  const bool asks = loads && ptx::elect_one();
+  const Loader loader{{args, smem}};
   const Warp mine{{args, smem},
                   lane,
                   warp % kTile.warps_n,
                   warp / kTile.warps_n,
                   smem + args.smem.weights + warp * args.smem.stages * Warp::kStageBytes,
                   smem + args.smem.weights_full + warp * args.smem.stages * kBarrierBytes};
-  typename Warp::State state{mine.start(), mine.first_stage(), mine.first_chunk()};
-  const typename Warp::Places places = mine.places();
-  meet_at_start<kTile>();
+  typename Loader::State asked;
+  typename Warp::State state;
+  typename Warp::Places places;
+  if (loads) {
+    if (asks) ptx::prefetch_map(&args.acts_map);
+    if (asks && Loader::kScaled) ptx::prefetch_map(&args.scales_map);
+    loader.init_barriers(lane);
+    if (asks) asked = loader.begin();
+    if (asks && args.gemm.splits > 1) loader.expect_sums();
+    __syncwarp();
+  } else {
+    state = {mine.start(), mine.first_stage(), mine.first_chunk()};
+    places = mine.places();
+  }
+  __syncthreads();  // all barriers in shared memory are ready
   if (args.gemm.splits > 1) ptx::cluster_arrive();
+  if (loads) {
+    if (asks) loader.run(asked);
+    return;
+  }
   ptx::grid_dependency_wait();  // the output may still be in use by the kernel before
   const End end{args, mine};
   typename Warp::Sums sums;

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
     if constexpr (kTile.may_split()) {
       if (splits > 1) {  // the consumers' exchange
         ptx::cluster_meet();
-        if constexpr (!Exchange::kCounted) ptx::cluster_sync();
+        if constexpr (!kTile.counts_sums()) ptx::cluster_sync();
       }
     }
   } else {

@@ -80,7 +80,7 @@ struct PipelineSm90 {
       ptx::mbarrier_init(full(lane), kMode == ScaleMode::kNone ? 2 : 3);  // the producer's threads
       ptx::mbarrier_init(empty(lane), args.share * kTile.consumers * (kWarpgroupThreads / format::kLanes));
     }
-    if (lane == 0 && args.gemm.splits > 1) {
+    if (kTile.counts_sums() && lane == 0 && args.gemm.splits > 1) {
       ptx::mbarrier_init(received(), 1);
       ptx::mbarrier_arrive_expect(received(), exchange_bytes(kTile, args.gemm.splits, split()));
     }
