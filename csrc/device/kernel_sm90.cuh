@@ -4,6 +4,7 @@
 #include "device/epilogue_sm90.cuh"
 #include "device/exchange_sm90.cuh"
 #include "device/mainloop_sm90.cuh"
+#include "device/ranges_sm90.cuh"
 
 namespace sparse_marlin::device {
 
@@ -52,9 +53,9 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
     typename Consumer::Sums sums;
     typename Consumer::Weights weights = {};
     typename Pipeline::Place place{0, 0};
-    const int step = ptx::num_clusters();
-    for (int tile = ptx::cluster_id(); tile < pipeline.tiles(); tile += step) {
-      const BlockWork work = pipeline.work(tile);
+    BlockWork work;
+    for (auto at = pipeline.first(); pipeline.valid(at); pipeline.advance(at, work)) {
+      work = pipeline.work(at);
       consumer.run(sums, weights, work, place);
       const int feature0 = pipeline.feature0(work) + warpgroup * Consumer::kPanels * format::kTileRows;
       if constexpr (kTile.may_split()) {
@@ -66,6 +67,14 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
           end.store_owned(exchange, work, feature0);
           continue;
         }
+      }
+      if (at.left > 0) {
+        const RangesSm90<Consumer, kTile> ranges{consumer};
+        if (work.first_col > 0) {
+          ranges.give(sums);
+          continue;
+        }
+        if (work.last_col < pipeline.cols()) ranges.take(sums, at.tile);
       }
       end.store(sums, work, feature0);
     }

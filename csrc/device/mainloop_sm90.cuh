@@ -63,10 +63,44 @@ struct PipelineSm90 {
   __device__ __forceinline__ uint32_t full(int stage) const { return smem + kSmem.full + stage * kBarrierBytes; }
   __device__ __forceinline__ uint32_t empty(int stage) const { return smem + kSmem.empty + stage * kBarrierBytes; }
 
+  // Where the block is in its share of the output: first whole tiles, then a range (plan/stream_k.h).
+  struct Cursor {
+    int tile;
+    int col;   // of a range: its next column tile, in this tile
+    int left;  // column tiles of the range; 0: a whole tile
+  };
   __device__ __forceinline__ int tiles() const { return args.gemm.tiles_m * args.gemm.tiles_n; }
-  __device__ __forceinline__ BlockWork work(int tile) const {
+  __device__ __forceinline__ int cols() const { return format::col_tiles(args.gemm.k); }
+  // Blocks wait for those with the ranges after theirs: these must have been started before.
+  __device__ __forceinline__ int range() const { return gridDim.x - 1 - blockIdx.x; }
+  __device__ __forceinline__ Cursor first() const {
+    const int tile = ptx::cluster_id();
+    return tile < args.stream.whole_tiles ? Cursor{tile, 0, 0} : range_cursor();
+  }
+  __device__ __forceinline__ Cursor range_cursor() const {
+    if (args.stream.step == 0) return {tiles(), 0, 0};
+    const int start = args.stream.start(range()), tile = start / cols();
+    return {args.stream.whole_tiles + tile, start - tile * cols(), args.stream.start(range() + 1) - start};
+  }
+  __device__ __forceinline__ bool valid(const Cursor& c) const { return c.tile < tiles(); }
+  __device__ __forceinline__ BlockWork work(const Cursor& c) const {
     const KernelArgs& g = args.gemm;
-    return block_work(tile * g.splits + split(), g.tiles_m, g.tiles_n, g.splits, format::col_tiles(g.k));
+    BlockWork w = block_work(c.tile * g.splits + split(), g.tiles_m, g.tiles_n, g.splits, cols());
+    if (c.left > 0) {
+      w.first_col = c.col;
+      w.last_col = min(w.last_col, c.col + c.left);
+    }
+    return w;
+  }
+  __device__ __forceinline__ void advance(Cursor& c, const BlockWork& done) const {
+    if (c.left == 0) {
+      c.tile += ptx::num_clusters();
+      if (c.tile >= args.stream.whole_tiles) c = range_cursor();
+      return;
+    }
+    c.left -= done.last_col - done.first_col;
+    c.col = 0;
+    c.tile = c.left > 0 ? c.tile + 1 : tiles();
   }
   __device__ __forceinline__ int feature0(const BlockWork& w) const {
     return (w.tile_n * args.share + share_rank()) * kTile.block_n();
@@ -101,9 +135,9 @@ struct ProducerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
   template <typename Load>
   __device__ __forceinline__ void for_each_stage(const Load& load) const {
     Place place{0, 1};  // a fresh barrier counts as passed: the first round does not wait
-    const int step = ptx::num_clusters();
-    for (int tile = ptx::cluster_id(); tile < this->tiles(); tile += step) {
-      const BlockWork work = this->work(tile);
+    BlockWork work;
+    for (auto at = this->first(); this->valid(at); this->advance(at, work)) {
+      work = this->work(at);
       for (int col = work.first_col; col < work.last_col; ++col) {
         ptx::mbarrier_wait(this->empty(place.stage), place.parity);
         load(work, col, place.stage);
