@@ -53,9 +53,8 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
     typename Consumer::Sums sums;
     typename Consumer::Weights weights = {};
     typename Pipeline::Place place{0, 0};
-    BlockWork work;
-    for (auto at = pipeline.first(); pipeline.valid(at); pipeline.advance(at, work)) {
-      work = pipeline.work(at);
+    for (int tile = pipeline.first_tile(); tile < pipeline.tiles(); tile = pipeline.next_tile(tile)) {
+      const BlockWork work = pipeline.work(tile);
       consumer.run(sums, weights, work, place);
       const int feature0 = pipeline.feature0(work) + warpgroup * Consumer::kPanels * format::kTileRows;
       if constexpr (kTile.may_split()) {
@@ -68,14 +67,12 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
           continue;
         }
       }
-      if (at.left > 0) {
-        const RangesSm90<Consumer, kTile> ranges{consumer};
-        if (work.first_col > 0) {
-          ranges.give(sums);
-          continue;
-        }
-        if (work.last_col < pipeline.cols()) ranges.take(sums, at.tile);
+      const RangesSm90<Consumer, kTile> ranges{consumer};
+      if (pipeline.continues(tile)) {
+        ranges.give(sums);
+        continue;
       }
+      if (pipeline.begins(tile)) ranges.take(sums, tile, place);
       end.store(sums, work, feature0);
     }
     if (threadIdx.x % kWarpgroupThreads == 0) ptx::bulk_wait_read();  // the staging bytes must live until they are read
