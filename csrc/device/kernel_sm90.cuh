@@ -37,7 +37,11 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
   if (warpgroup == kTile.consumers) {
     ptx::registers_release<kTile.producer_registers()>();
     const int warp = __shfl_sync(~0u, threadIdx.x / format::kLanes % format::kTileSlices, 0);
-    if (ptx::elect_one()) Producer{pipeline}.run(warp);
+    if (warp == Producer::kIdleWarp) {
+      RangesSm90<Consumer, kTile>::raise_flags(pipeline);
+    } else if (ptx::elect_one()) {
+      Producer{pipeline}.run(warp);
+    }
     __syncwarp();
     if constexpr (kTile.may_split()) {
       if (splits > 1) {  // the consumers' exchange

@@ -245,6 +245,7 @@ struct ProducerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
         });
   }
 
+  static constexpr int kIdleWarp = 3;
   __device__ __forceinline__ void run(int warp) const {
     if (warp == 0) {
       load_weights();

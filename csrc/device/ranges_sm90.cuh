@@ -19,11 +19,11 @@ struct RangesSm90 {
   static constexpr int kPanelVectors = kTile.block_m / 2 / kVectorSums;  // of a thread
   static constexpr int kVectorBytes = kWarpgroupThreads * sizeof(float4);
 
-  const Consumer& consumer;
+  // Where a warpgroup tells the warp that raises its flag: after the epilogues' barriers.
+  static constexpr int kFirstBarrier = 1 + kTile.consumers;
+  static constexpr int kBarrierThreads = kWarpgroupThreads + format::kLanes;
 
-  __device__ __forceinline__ void sync() const {
-    ptx::named_barrier(1 + consumer.warpgroup, kWarpgroupThreads);  // the epilogue's, which does not run meanwhile
-  }
+  const Consumer& consumer;
 
   // The block's own range is in the middle or at the end of the tile.
   __device__ __forceinline__ void give(const Sums& sums) const {
@@ -38,10 +38,18 @@ struct RangesSm90 {
         to[i * kWarpgroupThreads] = make_float4(v[0], v[1], v[2], v[3]);
       }
     }
-    ptx::fence_async_global();  // they are read by an asynchronous copy
-    sync();
-    if (threadIdx.x % kWarpgroupThreads == 0)
-      ptx::flag_raise(consumer.range_flag(range, consumer.warpgroup), consumer.args.token);
+    ptx::named_barrier_arrive(kFirstBarrier + consumer.warpgroup, kBarrierThreads);
+  }
+  // All threads of a warp of the producer: a flag waits until what was written before it has arrived, more than a microsecond.
+  template <typename Pipeline>
+  static __device__ __forceinline__ void raise_flags(const Pipeline& pipeline) {
+    const int tile = pipeline.first_of_range();
+    if (tile == pipeline.tiles() || !pipeline.continues(tile)) return;
+#pragma unroll 1
+    for (int warpgroup = 0; warpgroup < kTile.consumers; ++warpgroup) {
+      ptx::named_barrier(kFirstBarrier + warpgroup, kBarrierThreads);
+      if (ptx::elect_one()) ptx::flag_raise(pipeline.range_flag(pipeline.range(), warpgroup), pipeline.args.token);
+    }
   }
 
   // The block's range has the beginning of `tile`: adds all others' sums, which are in the next stages.

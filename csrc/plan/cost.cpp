@@ -22,6 +22,8 @@ namespace {
 constexpr double kL2BytesPerUsSm = 60e3;
 constexpr double kReduceBytesPerUsSm = 75e3;
 constexpr double kReached = 0.93;    // of the peak of the memory's bandwidth
+constexpr double kL2Kept = 0.4;      // of it; both halves of an H100's keep what all SMs read
+constexpr int kRaster = 8;           // device/scheduler.cuh
 constexpr int kSmemReserved = 1024;  // bytes a block costs beside its own
 
 double dram_bytes_per_us_sm(const Device& device) {
@@ -78,6 +80,20 @@ void stream(Effort& e, const Plan& plan, double tiles, double col_tiles, double 
   e.streams = 1;
 }
 
+// Bytes that stream-K reads from memory again. Otherwise blocks that have the same tokens or features read the same column tiles at
+// the same time; these are at different ones, so that only what L2 keeps as a whole is read once. Weights, which neighbours read,
+// the less so the nearer a range is to whole tiles.
+double read_again(const Device& device, const Plan& plan, double tiles_m, double tiles_n, double tile_acts,
+                  double tile_weights) {
+  const double tiles = tiles_m * tiles_n, blocks = static_cast<double>(plan.grid);
+  const double streamed = tiles > blocks ? tiles - (std::floor(tiles / blocks) - 1) * blocks : tiles;
+  const double acts = std::min(tiles_m, ceil_div(streamed, tiles_n * kRaster) * kRaster) * tile_acts;
+  const double weights = std::min(tiles_n, streamed) * tile_weights;
+  const double apart = tiles_m > 1 ? 2 * std::abs(streamed / blocks - std::round(streamed / blocks)) : 0;
+  const double missed = 1 - kL2Kept * static_cast<double>(device.l2_bytes) / (acts + apart * weights);
+  return std::max(0.0, missed) * (streamed * (tile_acts + tile_weights) - acts - weights);
+}
+
 }  // namespace
 
 Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
@@ -105,9 +121,10 @@ Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
   const double weights =
       static_cast<double>(format::tile_bytes(problem.num_bits)) * format::row_tiles(problem.n) * col_tiles;
   const double acts = m * problem.k * kActBytes, out = m * problem.n * kActBytes;
-  e.dram_us = (weights + acts + out) / (dram_bytes_per_us_sm(device) * sms);
   const double block_weights = weights / format::row_tiles(problem.n) * block_n(plan.tile) / format::kTileRows;
   const double block_acts = acts / m * std::min<double>(m, block_m(plan.tile));
+  const double again = plan.splits < 0 ? read_again(device, plan, tiles_m, tiles_n, block_acts, block_weights) : 0;
+  e.dram_us = (weights + acts + out + again) / (dram_bytes_per_us_sm(device) * sms);
   const double shares =
       plan.splits < 0 ? e.last_wave * e.turns / col_tiles : e.tiles / splits;  // of a tile's k, of an SM
   e.l2_us = shares * (block_weights + block_acts) / kL2BytesPerUsSm;

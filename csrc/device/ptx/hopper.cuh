@@ -37,6 +37,11 @@ __device__ __forceinline__ bool elect_one() {
   return elected != 0;
 }
 
+// Comes to a named barrier where others wait, and goes on.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 __device__ __forceinline__ int cluster_block() {  // of this block in its cluster
   int rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
