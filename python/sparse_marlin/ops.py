@@ -95,10 +95,12 @@ def sparse_marlin_gemm_low_rank(
 ) -> Tensor:
     """`sparse_marlin_gemm` plus a low-rank correction: `a @ weight.T + bias + (a @ down.T) @ up.T`.
 
-    On a GPU of compute capability 9.0 and up to 64 tokens the correction is one small kernel that overlaps the
-    multiplication, if K and the rank are multiples of 8 and the rank is at most 256: a second rounding to the dtype
-    of `a`, everything before it in float32; bitwise the same from run to run. Elsewhere it is two dense products, and
-    `a @ down.T` is rounded, too.
+    On a GPU of compute capability 9.0, up to 16 tokens, with K a multiple of 64 and a rank of at most 128 both are one
+    launch: float32 throughout, rounded once, bitwise the same from run to run. Elsewhere two dense products follow the
+    multiplication, and `a @ down.T` and the multiplication are rounded, too.
+
+    `down` and `up` are read like the packed weight, possibly before the kernel before has finished: they must not be
+    the output of a kernel that signals its successor early (torch's do not).
 
     Args:
         down: `[rank, K]`, dtype of `a`.
@@ -208,7 +210,8 @@ def _(
     group_size: int,
     num_bits: int,
     bias: Tensor | None,
-    kernel: bool,
+    tile: int,
+    splits: int,
     dependent: bool = True,
 ) -> Tensor:
     return a.new_empty(_low_rank_shape(a, scales, down, up))
