@@ -56,23 +56,28 @@ struct LowRankProject {
     const char* down = static_cast<const char*>(low.down);
     float4* sums = reinterpret_cast<float4*>(shared);  // [warp][lane]
     if (warp == kWarps) {
-      // the warp without a part in the product
-      constexpr int kUnitBytes = kProjectCols * kActBytes;
-      if (lane < kProjectRanks && rank0 + lane < low.rank && first < last)
-        ptx::prefetch_l2(down + (rank0 + lane) * row_bytes + first * kUnitBytes, (last - first) * kUnitBytes);
-      ptx::grid_dependency_wait();  // also the workspace may still be in use by the kernel before
-      ptx::grid_launch_dependents();
-      // Visible to all before any packet of this block is: who has all packets counts from 0.
-      if (blockIdx.x == 0 && lane == 0) {
-        *low.readers = 0;
-        __threadfence();
-      }
-      __syncthreads();
-      return;
+      prepare(args, lane, first, last, rank0, down, row_bytes);
+    } else {
+      project(args, sums, warp, lane, first, last, rank0, down, row_bytes);
     }
-    project(args, sums, warp, lane, first, last, rank0, down, row_bytes);
     __syncthreads();
     if (warp == 0) publish(args, sums, lane, share, rank0);
+  }
+
+  // The warp without a part in the product.
+  static __device__ __forceinline__ void prepare(const KernelArgsDecode& args, int lane, int first, int last, int rank0,
+                                                 const char* down, int64_t row_bytes) {
+    constexpr int kUnitBytes = kProjectCols * kActBytes;
+    if (lane < kProjectRanks && rank0 + lane < args.low.rank && first < last)
+      ptx::prefetch_l2(down + (rank0 + lane) * row_bytes + first * kUnitBytes, (last - first) * kUnitBytes);
+    ptx::grid_dependency_wait();  // the workspace, too, may still be in use by the kernel before
+    ptx::grid_launch_dependents();
+    if (blockIdx.x == 0 && lane == 0) {
+      // In L2 before this block goes on and sends a packet; who counts has seen all packets, so it counts from 0.
+      *args.low.readers = 0;
+      __threadfence();
+    }
+    __syncwarp();
   }
 
   static __device__ __forceinline__ void project(const KernelArgsDecode& args, float4* sums, int warp, int lane,
