@@ -28,8 +28,20 @@ from sparse_marlin import _core
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "csrc" / "plan" / "cost_table.h"
-NAMES = ("launch", "crowding", "turn", "turn_block", "tile", "l2", "power", "exchange", "exchange_split")
-START = (1.5, 0.3, 0.2, 0.1, 0.2, 1.0, 3.0, 1.0, 0.2)
+NAMES = (
+    "launch",
+    "crowding",
+    "turn",
+    "turn_block",
+    "tile",
+    "l2",
+    "power",
+    "exchange",
+    "exchange_split",
+    "stream",
+    "stream_part",
+)
+START = (1.5, 0.3, 0.2, 0.1, 0.2, 1.0, 3.0, 1.0, 0.2, 2.0, 0.5)
 SMALLEST, LARGEST = 1e-4, 50.0
 LOWEST = {"power": 1.2, "launch": 0.2, "turn": 0.01, "turn_block": 0.01}
 HIGHEST = {"power": 8.0, "l2": 3.0}
@@ -61,22 +73,36 @@ class Samples:
         )
 
 
-EFFORT = ("turns", "full_waves", "resident", "last_wave", "crowding", "dram_us", "l2_us", "exchanges", "reduce_us")
+EFFORT = (
+    "turns",
+    "full_waves",
+    "resident",
+    "last_wave",
+    "crowding",
+    "dram_us",
+    "l2_us",
+    "exchanges",
+    "tiles",
+    "streams",
+    "parts",
+    "reduce_us",
+)
 
 
 def predicted(constants: Any, s: Samples) -> Any:
     """csrc/plan/cost.cpp, for all plans at once, arrays or tensors; constants for all, or a column for each plan."""
-    launch, crowding, turn, turn_block, tile, l2, power, exchange, exchange_split = constants
+    launch, crowding, turn, turn_block, tile, l2, power, exchange, exchange_split, stream, stream_part = constants
     e = s.effort
     waves = e["full_waves"] * (turn + turn_block * e["resident"])
     waves = waves + (e["last_wave"] > 0) * (turn + turn_block * e["last_wave"])
-    work = e["turns"] * waves + tile * (e["full_waves"] * e["resident"] + e["last_wave"])
+    work = e["turns"] * waves + tile * e["tiles"]
     total = (work**power + e["dram_us"] ** power + (l2 * e["l2_us"]) ** power) ** (1 / power)
     return (
         launch
         + crowding * e["crowding"]
         + total
         + e["exchanges"] * (exchange + exchange_split * s.splits)
+        + e["streams"] * (stream + stream_part * e["parts"])
         + e["reduce_us"]
     )
 

@@ -26,8 +26,8 @@ SHAPES = [
     (300, 264, 2048, 256),
 ]
 # Of which a tile takes those that it has the columns and the room for. In the kernels for Hopper every number is
-# another cluster, with its own division of the sums.
-SPLITS = {"sm80": (1, 2, 3), "sm90": (1, 2, 3, 4, 5, 8), "decode": (1, 2, 3, 5, 8)}
+# another cluster, with its own division of the sums; negative ones are stream-K, with so many blocks an SM.
+SPLITS = {"sm80": (1, 2, 3), "sm90": (-2, -1, 1, 2, 3, 4, 5, 8), "decode": (1, 2, 3, 5, 8)}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -97,6 +97,10 @@ HOPPER_WAYS = [
     Way("sm90", 128, 128, 1, 5),
     Way("sm90", 128, 256, 2, 1),
     Way("sm90", 176, 256, 1, 1),
+    Way("sm90", 32, 128, 1, -2),
+    Way("sm90", 64, 256, 1, -1),
+    Way("sm90", 128, 256, 1, -1),
+    Way("sm90", 176, 256, 1, -1),
     Way("decode", 8, 64, 1, 1),
     Way("decode", 8, 64, 1, 3),
     Way("decode", 16, 128, 1, 1),
@@ -250,6 +254,8 @@ def test_two_streams_at_once(cuda, m):
         (Way("sm90", 16, 256, 1, 8), Way("sm90", 64, 256, 1, 4)),
         (Way("sm90", 128, 256, 2, 1), Way("sm90", 32, 128, 1, 3)),
         (Way("sm90", 176, 256, 1, 1), Way("sm80", 64, 128, 1, 3)),
+        (Way("sm90", 64, 128, 1, -2), Way("sm90", 128, 128, 1, -1)),
+        (Way("sm90", 176, 256, 1, -1), Way("sm90", 176, 256, 1, -1)),
         (Way("decode", 8, 64, 1, 1), Way("sm90", 32, 128, 1, 1)),
         (Way("decode", 8, 128, 1, 1), Way("decode", 16, 64, 1, 1)),
         (Way("decode", 16, 128, 1, 3), Way("sm90", 32, 128, 1, 4)),
@@ -280,6 +286,12 @@ def test_two_streams_at_once_with_clusters(cuda, first, second):
 # Every product is the next one's input. Neighbours of all kinds, with and without splits: those of the portable kernel
 # add a kernel that sums the workspace.
 CHAINS = {
+    "stream-K": [
+        Way("sm90", 16, 256, 1, -1),
+        Way("sm90", 64, 128, 1, -2),
+        Way("sm90", 128, 256, 1, -1),
+        Way("sm90", 176, 256, 1, -1),
+    ],
     "hopper": [
         Way("sm90", 16, 256, 1, 4),
         Way("sm90", 64, 128, 1, 3),

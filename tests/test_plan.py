@@ -45,6 +45,13 @@ def test_every_plan_can_run(name):
         tile = _core.TILES[plan.tile]
         text = f"{name}: {problem.m} x {problem.n} x {problem.k}, group {problem.group_size}, {problem.num_bits} bits"
         tiles = -(-problem.m // tile.block_m) * -(-problem.n // (tile.block_n * tile.share))
+        if plan.splits < 0:  # stream-K
+            assert tile.kernel == "sm90", text
+            assert tile.share == 1, text
+            assert -plan.splits <= tile.blocks, text
+            assert 1 <= plan.grid <= device.num_sms * -plan.splits, text
+            assert plan.workspace_bytes >= 4 * plan.grid * tile.block_m * tile.block_n, text
+            continue
         if tile.kernel != "sm80" and plan.splits == 1:  # persistent: at most what the GPU holds at once
             tiles = min(tiles, device.num_sms * tile.blocks // tile.share)
         assert plan.grid == tiles * tile.share * plan.splits, text
@@ -63,14 +70,14 @@ def test_the_plan_is_the_candidate_predicted_fastest():
     for problem in [_core.Problem(m, 6144, 4096) for m in TOKENS]:
         best = _core.plan(problem, device)
         for tile in range(len(_core.TILES)):
-            for splits in (1, 2, 3, 4, 6, 8, 12, 16):
+            for splits in (-2, -1, 1, 2, 3, 4, 6, 8, 12, 16):
                 try:
                     other = _core.plan_with_tile(problem, device, tile, splits)
                 except ValueError:
                     continue
                 chosen = _core.TILES[tile]
                 blocks = -(-problem.m // chosen.block_m) * -(-problem.n // chosen.block_n) * splits
-                if splits == 1 or blocks <= 8 * device.num_sms:  # beyond that splits are not considered
+                if splits <= 1 or blocks <= 8 * device.num_sms:  # beyond that splits are not considered
                     assert best.predicted_us <= other.predicted_us
 
 
@@ -144,3 +151,19 @@ def test_a_forced_tile_must_exist_and_fit():
         _core.plan_with_tile(problem, DEVICES["H100"], len(_core.TILES), 1)
     with pytest.raises(ValueError, match="more splits than"):
         _core.plan_with_tile(problem, DEVICES["H100"], 0, 2)
+    with pytest.raises(ValueError, match="does stream-K"):
+        _core.plan_with_tile(problem, DEVICES["H100"], 0, -1)
+    sm90 = next(i for i, tile in enumerate(_core.TILES) if tile.kernel == "sm90" and tile.blocks == 1)
+    with pytest.raises(ValueError, match="stream-K with 2 blocks an SM, which holds 1"):
+        _core.plan_with_tile(problem, DEVICES["H100"], sm90, -2)
+
+
+def test_stream_k_fills_the_last_round():
+    """112 tiles of 128 x 256 leave 20 of 132 SMs idle; with equal ranges none is."""
+    tile = next(i for i, t in enumerate(_core.TILES) if (t.kernel, t.block_m, t.block_n) == ("sm90", 128, 256))
+    device, problem = DEVICES["H100"], _core.Problem(128, 28672, 4096)
+    whole, streamed = (_core.plan_with_tile(problem, device, tile, splits) for splits in (1, -1))
+    assert (whole.grid, streamed.grid) == (112, 132)
+    efforts = [_core.effort(problem, device, plan) for plan in (whole, streamed)]
+    assert [effort.turns for effort in efforts] == [32, 28]
+    assert "stream-K" in _core.explain(_core.Problem(512, 28672, 4096), device)

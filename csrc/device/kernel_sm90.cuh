@@ -4,6 +4,7 @@
 #include "device/epilogue_sm90.cuh"
 #include "device/exchange_sm90.cuh"
 #include "device/mainloop_sm90.cuh"
+#include "device/ranges_sm90.cuh"
 
 namespace sparse_marlin::device {
 
@@ -52,8 +53,7 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
     typename Consumer::Sums sums;
     typename Consumer::Weights weights = {};
     typename Pipeline::Place place{0, 0};
-    const int step = ptx::num_clusters();
-    for (int tile = ptx::cluster_id(); tile < pipeline.tiles(); tile += step) {
+    for (int tile = pipeline.first_tile(); tile < pipeline.tiles(); tile = pipeline.next_tile(tile)) {
       const BlockWork work = pipeline.work(tile);
       consumer.run(sums, weights, work, place);
       const int feature0 = pipeline.feature0(work) + warpgroup * Consumer::kPanels * format::kTileRows;
@@ -67,6 +67,12 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
           continue;
         }
       }
+      const RangesSm90<Consumer, kTile> ranges{consumer};
+      if (pipeline.continues(tile)) {
+        ranges.give(sums);
+        continue;
+      }
+      if (pipeline.begins(tile)) ranges.take(sums, tile, place);
       end.store(sums, work, feature0);
     }
     if (threadIdx.x % kWarpgroupThreads == 0) ptx::bulk_wait_read();  // the staging bytes must live until they are read

@@ -15,6 +15,7 @@
 #include "device/ptx/bulk_copy.cuh"
 #include "device/ptx/cp_async.cuh"
 #include "device/ptx/dependent_launch.cuh"
+#include "device/ptx/flag.cuh"
 #include "device/ptx/hopper.cuh"
 #include "device/ptx/mbarrier.cuh"
 #include "device/ptx/wgmma_sp.cuh"
@@ -64,9 +65,58 @@ struct PipelineSm90 {
   __device__ __forceinline__ uint32_t empty(int stage) const { return smem + kSmem.empty + stage * kBarrierBytes; }
 
   __device__ __forceinline__ int tiles() const { return args.gemm.tiles_m * args.gemm.tiles_n; }
+  __device__ __forceinline__ int cols() const { return format::col_tiles(args.gemm.k); }
+
+  // A block's share of the output: first whole tiles, then its range (plan/stream_k.h). What belongs to a tile is worked out again
+  // from its number wherever it is needed: registers are short.
+  __device__ __forceinline__ int first_tile() const {
+    const int tile = ptx::cluster_id();
+    return tile < args.stream.whole_tiles ? tile : first_of_range();
+  }
+  __device__ __forceinline__ int next_tile(int tile) const {
+    if (!in_range(tile)) {
+      tile += ptx::num_clusters();
+      return tile < args.stream.whole_tiles ? tile : first_of_range();
+    }
+    return range_col(tile + 1) < args.stream.start(range() + 1) ? tile + 1 : tiles();
+  }
+  // Blocks wait for those with the ranges after theirs: these must have been started before.
+  __device__ __forceinline__ int range() const { return gridDim.x - 1 - blockIdx.x; }
+  __device__ __forceinline__ bool in_range(int tile) const { return tile >= args.stream.whole_tiles; }
+  // The tile's first column tile, counted as ranges are.
+  __device__ __forceinline__ int range_col(int tile) const { return (tile - args.stream.whole_tiles) * cols(); }
+  __device__ __forceinline__ int first_of_range() const {
+    if (args.stream.step == 0) return tiles();
+    return args.stream.whole_tiles + args.stream.start(range()) / cols();
+  }
   __device__ __forceinline__ BlockWork work(int tile) const {
     const KernelArgs& g = args.gemm;
-    return block_work(tile * g.splits + split(), g.tiles_m, g.tiles_n, g.splits, format::col_tiles(g.k));
+    BlockWork w = block_work(tile * g.splits + split(), g.tiles_m, g.tiles_n, g.splits, cols());
+    if (in_range(tile)) {
+      w.first_col = max(0, args.stream.start(range()) - range_col(tile));
+      w.last_col = min(w.last_col, args.stream.start(range() + 1) - range_col(tile));
+    }
+    return w;
+  }
+  // Whether the tile's first column tiles are in another block's range, and whether the last ones are but not those.
+  __device__ __forceinline__ bool continues(int tile) const {
+    return in_range(tile) && args.stream.start(range()) > range_col(tile);
+  }
+  __device__ __forceinline__ bool begins(int tile) const {
+    return in_range(tile) && !continues(tile) && args.stream.start(range() + 1) < range_col(tile + 1);
+  }
+  // The ranges after the block's own that have column tiles of `tile`, too.
+  template <typename Do>
+  __device__ __forceinline__ void for_each_later_range(int tile, const Do& act) const {
+    for (int range = this->range() + 1; args.stream.start(range) < range_col(tile + 1); ++range) act(range);
+  }
+  // In the workspace: the sums of a panel of a range, as many bytes as the activations of a stage, and whether they are there.
+  __device__ __forceinline__ float* range_sums(int range, int panel) const {
+    static_assert(kTile.block_m * format::kTileRows * sizeof(float) == kSmem.acts_bytes);
+    return args.gemm.partials + (int64_t{range} * kTile.row_tiles() + panel) * (kTile.block_m * format::kTileRows);
+  }
+  __device__ __forceinline__ uint64_t* range_flag(int range, int warpgroup) const {
+    return args.flags + range * kTile.consumers + warpgroup;
   }
   __device__ __forceinline__ int feature0(const BlockWork& w) const {
     return (w.tile_n * args.share + share_rank()) * kTile.block_n();
@@ -97,19 +147,31 @@ struct ProducerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
   using Base::kSmem;
   using typename Base::Place;
 
-  // Calls load(work, col, stage) for every stage of every tile of the block, when the stage is free.
-  template <typename Load>
-  __device__ __forceinline__ void for_each_stage(const Load& load) const {
+  // Calls load(work, col, stage) for every stage of every tile of the block, when the stage is free; load_sums(range, panel, stage)
+  // for those behind a tile that bring the sums of other blocks.
+  template <typename Load, typename LoadSums>
+  __device__ __forceinline__ void for_each_stage(const Load& load, const LoadSums& load_sums) const {
     Place place{0, 1};  // a fresh barrier counts as passed: the first round does not wait
-    const int step = ptx::num_clusters();
-    for (int tile = ptx::cluster_id(); tile < this->tiles(); tile += step) {
+    for (int tile = this->first_tile(); tile < this->tiles(); tile = this->next_tile(tile)) {
       const BlockWork work = this->work(tile);
       for (int col = work.first_col; col < work.last_col; ++col) {
         ptx::mbarrier_wait(this->empty(place.stage), place.parity);
         load(work, col, place.stage);
         place = place.next();
       }
+      if (!this->begins(tile)) continue;
+      this->for_each_later_range(tile, [&](int range) {
+        for (int panel = 0; panel < kTile.row_tiles(); ++panel) {
+          ptx::mbarrier_wait(this->empty(place.stage), place.parity);
+          load_sums(range, panel, place.stage);
+          place = place.next();
+        }
+      });
     }
+  }
+  // Nothing for this thread to bring.
+  __device__ __forceinline__ auto only_arrive() const {
+    return [this](int, int, int stage) { ptx::mbarrier_arrive(this->full(stage)); };
   }
 
   // A copy cannot start without its map, so they are asked for first of all. One thread's.
@@ -123,24 +185,28 @@ struct ProducerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
   __device__ __forceinline__ void load_weights() const {
     // weights that one row of blocks reads must not push activations out of L2
     const uint64_t policy = args.gemm.tiles_m == 1 ? ptx::policy_evict_first() : ptx::policy_evict_normal();
-    for_each_stage([&](const BlockWork& work, int col, int stage) {
-      const uint32_t barrier = this->full(stage);
-      ptx::mbarrier_arrive_expect(barrier, kTile.row_tiles() * kSmem.tile_bytes);
-      ptx::tensor_load_3d(this->weights_at(stage), &args.weights_map, 0, col * (kSmem.tile_bytes / kMapRowBytes),
-                          this->feature0(work) / format::kTileRows, barrier, policy);
-    });
+    for_each_stage(
+        [&](const BlockWork& work, int col, int stage) {
+          const uint32_t barrier = this->full(stage);
+          ptx::mbarrier_arrive_expect(barrier, kTile.row_tiles() * kSmem.tile_bytes);
+          ptx::tensor_load_3d(this->weights_at(stage), &args.weights_map, 0, col * (kSmem.tile_bytes / kMapRowBytes),
+                              this->feature0(work) / format::kTileRows, barrier, policy);
+        },
+        only_arrive());
   }
 
   // Scales may be an aligned copy that the kernel before this one made.
   __device__ __forceinline__ void load_scales() const {
     if (kMode == ScaleMode::kNone) return;
     ptx::grid_dependency_wait();
-    for_each_stage([&](const BlockWork& work, int col, int stage) {
-      const uint32_t barrier = this->full(stage);
-      ptx::mbarrier_arrive_expect(barrier, args.scales_bytes);
-      ptx::tensor_load(this->weights_at(stage) + Base::kScalesOffset, &args.scales_map, this->feature0(work),
-                       col * format::kTileCols >> args.gemm.group_shift, barrier);
-    });
+    for_each_stage(
+        [&](const BlockWork& work, int col, int stage) {
+          const uint32_t barrier = this->full(stage);
+          ptx::mbarrier_arrive_expect(barrier, args.scales_bytes);
+          ptx::tensor_load(this->weights_at(stage) + Base::kScalesOffset, &args.scales_map, this->feature0(work),
+                           col * format::kTileCols >> args.gemm.group_shift, barrier);
+        },
+        only_arrive());
   }
 
   // Blocks that share their activations bring each other one half of the columns each.
@@ -150,22 +216,33 @@ struct ProducerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
     ptx::grid_dependency_wait();
     ptx::grid_launch_dependents();
     constexpr uint16_t kBlocks = (1 << kMaxShare) - 1;
-    for_each_stage([&](const BlockWork& work, int col, int stage) {
-      const uint32_t to = this->acts_at(stage), barrier = this->full(stage);
-      const int token = work.tile_m * kTile.block_m, column = col * format::kTileCols;
-      const bool last = work.tile_m == args.gemm.tiles_m - 1;
-      const CUtensorMap* const map = last ? &args.last_map : &args.acts_map;
-      ptx::mbarrier_arrive_expect(barrier, last ? kHalves * kSwizzleRowBytes * args.last_tokens : kSmem.acts_bytes);
-      if (args.share > 1) {
-        const int half = this->share_rank();
-        ptx::tensor_load_multicast(to + half * kHalfBytes, map, column + half * kHalfCols, token, barrier, kBlocks);
-      } else {
+    for_each_stage(
+        [&](const BlockWork& work, int col, int stage) {
+          const uint32_t to = this->acts_at(stage), barrier = this->full(stage);
+          const int token = work.tile_m * kTile.block_m, column = col * format::kTileCols;
+          const bool last = work.tile_m == args.gemm.tiles_m - 1;
+          const CUtensorMap* const map = last ? &args.last_map : &args.acts_map;
+          ptx::mbarrier_arrive_expect(barrier, last ? kHalves * kSwizzleRowBytes * args.last_tokens : kSmem.acts_bytes);
+          if (args.share > 1) {
+            const int half = this->share_rank();
+            ptx::tensor_load_multicast(to + half * kHalfBytes, map, column + half * kHalfCols, token, barrier, kBlocks);
+          } else {
 #pragma unroll
-        for (int half = 0; half < kHalves; ++half) {
-          ptx::tensor_load(to + half * kHalfBytes, map, column + half * kHalfCols, token, barrier);
-        }
-      }
-    });
+            for (int half = 0; half < kHalves; ++half) {
+              ptx::tensor_load(to + half * kHalfBytes, map, column + half * kHalfCols, token, barrier);
+            }
+          }
+        },
+        [&](int range, int panel, int stage) {
+          if (panel % kTile.panels == 0) {
+            uint64_t* const flag = this->range_flag(range, panel / kTile.panels);
+            ptx::flag_wait(flag, args.token);
+            ptx::flag_clear(flag);
+            ptx::fence_async_global();
+          }
+          ptx::mbarrier_arrive_expect(this->full(stage), kSmem.acts_bytes);
+          ptx::bulk_load(this->acts_at(stage), this->range_sums(range, panel), kSmem.acts_bytes, this->full(stage));
+        });
   }
 
   __device__ __forceinline__ void run(int warp) const {

@@ -75,8 +75,8 @@ cudaError_t allow_shared_memory(const KernelChoice& choice, int device) {
   return status;
 }
 
-// Splits whose sums go through the workspace.
-int workspace_splits(int tile, int splits) { return family(tile) == Family::kSm80 ? splits : 1; }
+// Splits whose sums a second kernel adds.
+int reduced_splits(int tile, int splits) { return family(tile) == Family::kSm80 ? splits : 1; }
 
 device::KernelArgs kernel_args(const Problem& problem, const Plan& plan, const GemmParams& params) {
   device::KernelArgs args{};
@@ -86,7 +86,7 @@ device::KernelArgs kernel_args(const Problem& problem, const Plan& plan, const G
   args.k = static_cast<int>(problem.k);
   args.tiles_m = (args.m + block_m(plan.tile) - 1) / block_m(plan.tile);
   args.tiles_n = (args.n + tile_n(plan.tile) - 1) / tile_n(plan.tile);
-  args.splits = plan.splits;
+  args.splits = std::max(1, plan.splits);
   args.num_groups = static_cast<int>(num_groups(problem.k, problem.group_size));
   args.group_size = problem.group_size;
   args.num_stages = plan.num_stages;
@@ -94,10 +94,10 @@ device::KernelArgs kernel_args(const Problem& problem, const Plan& plan, const G
   args.acts_row = args.k;
   args.scales_row = args.n;
   while (1 << args.group_shift < problem.group_size) ++args.group_shift;
-  const int partials = workspace_splits(plan.tile, plan.splits);
+  const int64_t partials = partial_bytes(problem, plan.tile, plan.splits, plan.grid);
   const Workspace places = workspace(problem, partials);
   char* base = static_cast<char*>(params.workspace);
-  if (partials > 1) args.partials = reinterpret_cast<float*>(base);
+  if (partials > 0) args.partials = reinterpret_cast<float*>(base);
   if (acts_need_copy(problem)) {
     args.params.acts = base + places.acts;
     args.acts_row = static_cast<int>(aligned_row(problem.k));
@@ -171,7 +171,7 @@ std::string launch(const Problem& problem, const Plan& plan, const GemmParams& p
       case Family::kDecode: status = launch_decode(problem, plan, args, factors, device, stream); break;
     }
   }
-  if (status == cudaSuccess && workspace_splits(plan.tile, plan.splits) > 1)
+  if (status == cudaSuccess && reduced_splits(plan.tile, plan.splits) > 1)
     status = launch_reduce(problem, plan, args, device_properties(device), stream);
   if (status == cudaSuccess) return {};
   return std::string(cudaGetErrorName(status)) + ": " + cudaGetErrorString(status);

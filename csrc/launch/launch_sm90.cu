@@ -6,9 +6,11 @@
 
 #include "launch/dependent_launch.cuh"
 #include "launch/kernel_table_sm90.h"
+#include "launch/launch_token.h"
 #include "launch/tensor_map.h"
 #include "plan/smem_sm90.h"
 #include "plan/tiles_all.h"
+#include "plan/workspace.h"
 
 namespace sparse_marlin {
 namespace {
@@ -88,11 +90,19 @@ cudaError_t launch_sm90(const Problem& problem, const Plan& plan, const device::
   args.gemm = gemm;
   args.out_mapped = gemm.n * kActBytes % kCopyBytes == 0;
   args.share = tile.share;
+  const int64_t tiles = int64_t{gemm.tiles_m} * gemm.tiles_n;
+  args.stream = {static_cast<int>(tiles), 0};
+  if (plan.splits < 0) {
+    args.stream = stream_k(tiles, format::col_tiles(problem.k), plan.grid);
+    args.flags =
+        reinterpret_cast<uint64_t*>(reinterpret_cast<char*>(gemm.partials) + plan.grid * range_sums_bytes(tile.size()));
+    args.token = launch_token();
+  }
   args.store_tokens = plan.splits > 1 ? kChunkTokens : smem.store_tokens;
   status = write_maps(args, problem, tile, smem);
   if (status != cudaSuccess) return status;
 
-  return launch_dependent(kernel, args, plan.grid, plan.threads, plan.smem_bytes, tile.share * plan.splits,
+  return launch_dependent(kernel, args, plan.grid, plan.threads, plan.smem_bytes, tile.share * gemm.splits,
                           plan.dependent, stream);
 }
 

@@ -1,7 +1,7 @@
 // The cost model: one formula for all kernels, with constants of each tile (plan/cost_table.h, fitted by benchmarks/fit_plan.py).
 //
 //   us = launch + crowding + (work^p + dram^p + (c l2)^p)^(1/p) + exchanges
-//   work = turns x (sum over waves of turn + turn_block x blocks an SM holds) + tile x blocks of an SM, all waves
+//   work = turns x (sum over waves of turn + turn_block x blocks an SM holds) + tile x tiles of an SM, all waves
 //
 // A wave's turns take a latency and, for every block that an SM holds, what it keeps the SM busy. p lies between max (infinity) and
 // sum (1) of the three. A kernel that fills more than half of the places for blocks keeps its successor from starting early. The constants are microseconds of an H100; on other GPUs they rank plans, they do not predict times.
@@ -14,6 +14,7 @@
 #include "plan/smem.h"
 #include "plan/smem_decode.h"
 #include "plan/smem_sm90.h"
+#include "plan/stream_k.h"
 
 namespace sparse_marlin {
 namespace {
@@ -62,6 +63,21 @@ int cols_at_once(int tile) {
 
 double ceil_div(double a, double b) { return std::ceil(a / b); }
 
+// All blocks at once, each with its whole tiles and then its range.
+void stream(Effort& e, const Plan& plan, double tiles, double col_tiles, double sms) {
+  const double blocks = static_cast<double>(plan.grid), blocks_an_sm = -plan.splits;
+  const double rounds = tiles > blocks ? std::floor(tiles / blocks) - 1 : 0;
+  const double range = (tiles - rounds * blocks) * col_tiles / blocks;
+  e.turns = rounds * col_tiles + std::ceil(range);
+  e.full_waves = 0;
+  e.last_wave = blocks_an_sm;
+  e.crowding = std::clamp(2 * blocks / (sms * e.resident) - 1, 0.0, 1.0);
+  e.parts = std::ceil(col_tiles / range);
+  const bool even = tiles < blocks && std::fmod(blocks, tiles) == 0;  // no range crosses the end of a tile
+  e.tiles = (rounds + (even ? 1 : std::ceil(range / col_tiles) + 1)) * blocks_an_sm;
+  e.streams = 1;
+}
+
 }  // namespace
 
 Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
@@ -70,16 +86,19 @@ Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
                tiles_n = ceil_div(static_cast<double>(problem.n), tile_n(plan.tile));
   const double col_tiles = static_cast<double>(format::col_tiles(problem.k));
   const bool portable = family(plan.tile) == Family::kSm80;
-  const int cluster = portable ? 1 : share(plan.tile) * plan.splits;
-  const double groups = tiles_m * tiles_n * (portable ? plan.splits : 1);  // blocks or clusters
+  const int splits = std::max(1, plan.splits);
+  const int cluster = portable ? 1 : share(plan.tile) * splits;
+  const double groups = tiles_m * tiles_n * (portable ? splits : 1);  // blocks or clusters
   const double at_once = portable ? sms : resident_clusters(device, cluster);
 
   Effort e;
-  e.turns = ceil_div(ceil_div(col_tiles, plan.splits), cols_at_once(plan.tile));
+  e.turns = ceil_div(ceil_div(col_tiles, splits), cols_at_once(plan.tile));
   e.resident = blocks_per_sm(device, plan);
   e.full_waves = std::floor(groups / (at_once * e.resident));
   e.last_wave = std::ceil((groups - e.full_waves * at_once * e.resident) / at_once);
   e.crowding = std::clamp(2 * groups / (at_once * e.resident) - 1, 0.0, 1.0);
+  e.tiles = e.full_waves * e.resident + e.last_wave;
+  if (plan.splits < 0) stream(e, plan, groups, col_tiles, sms);
 
   if (plan.splits > 1) e.exchanges = portable ? 1 : e.full_waves + (e.last_wave > 0);
 
@@ -89,7 +108,9 @@ Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
   e.dram_us = (weights + acts + out) / (dram_bytes_per_us_sm(device) * sms);
   const double block_weights = weights / format::row_tiles(problem.n) * block_n(plan.tile) / format::kTileRows;
   const double block_acts = acts / m * std::min<double>(m, block_m(plan.tile));
-  e.l2_us = (e.full_waves * e.resident + e.last_wave) * (block_weights + block_acts) / plan.splits / kL2BytesPerUsSm;
+  const double shares =
+      plan.splits < 0 ? e.last_wave * e.turns / col_tiles : e.tiles / splits;  // of a tile's k, of an SM
+  e.l2_us = shares * (block_weights + block_acts) / kL2BytesPerUsSm;
   if (portable && plan.splits > 1)
     e.reduce_us = 2 * m * problem.n * sizeof(float) * plan.splits / (kReduceBytesPerUsSm * sms);
   return e;
@@ -100,9 +121,10 @@ double predicted_us(const Problem& problem, const Device& device, const Plan& pl
   const TileCost& c = kTileCosts[plan.tile];
   double work = e.turns * e.full_waves * (c.turn + c.turn_block * e.resident);
   if (e.last_wave > 0) work += e.turns * (c.turn + c.turn_block * e.last_wave);
-  work += c.tile * (e.full_waves * e.resident + e.last_wave);
+  work += c.tile * e.tiles;
   const double sum = std::pow(work, c.power) + std::pow(e.dram_us, c.power) + std::pow(c.l2 * e.l2_us, c.power);
-  const double exchange = e.exchanges * (c.exchange + c.exchange_split * plan.splits) + e.reduce_us;
+  const double exchange = e.exchanges * (c.exchange + c.exchange_split * plan.splits) +
+                          e.streams * (c.stream + c.stream_part * e.parts) + e.reduce_us;
   return c.launch + c.crowding * e.crowding + std::pow(sum, 1 / c.power) + exchange;
 }
 

@@ -16,6 +16,9 @@ struct Effort {
   double dram_us = 0;     // bytes over bandwidth: each input and output once
   double l2_us = 0;       // bytes over a nominal bandwidth: what the blocks of one SM read
   double exchanges = 0;   // of sums, one after another: a cluster that splits k ends with its output tile
+  double tiles = 0;       // output tiles or parts of one that an SM's blocks do
+  double streams = 0;     // 1: stream-K, and
+  double parts = 0;       // blocks that a tile's sums come from
   double reduce_us = 0;   // the portable kernel's splits: their sums, through the workspace
 };
 

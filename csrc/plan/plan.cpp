@@ -13,6 +13,7 @@
 #include "plan/smem.h"
 #include "plan/smem_decode.h"
 #include "plan/smem_sm90.h"
+#include "plan/stream_k.h"
 #include "plan/tiles_all.h"
 #include "plan/workspace.h"
 
@@ -25,7 +26,7 @@ constexpr int64_t kMaxGrid = 2147483647;
 constexpr int64_t kMaxWorkspaceBytes = int64_t{1} << 30;
 // What plan() tries; plan_with_tile takes any up to kMaxSplits. In the kernels for Hopper the splits are blocks of a cluster.
 constexpr int kSplitsSm80[] = {1, 2, 3, 4, 6, 8, 12, 16};
-constexpr int kSplitsSm90[] = {1, 2, 3, 4, 5, 6, 7, 8};
+constexpr int kSplitsSm90[] = {-1, -2, 1, 2, 3, 4, 5, 6, 7, 8};
 constexpr int kSplitsDecode[] = {1, 2, 4, 8};  // odd ones were never much better, and often worse
 constexpr int kMaxSplits = 16;
 constexpr double kProductsUs = 12;  // two dense products of few tokens, measured on an H100, whatever the layer
@@ -56,7 +57,7 @@ void build_sm80(Candidate& c, const Problem& problem, const Device& device, int 
     c.rejected = "grid of " + std::to_string(p.grid) + " blocks";
     return;
   }
-  p.workspace_bytes = workspace(problem, splits).size;
+  p.workspace_bytes = workspace(problem, split_bytes(problem, splits)).size;
   if (splits > 1 && p.workspace_bytes > kMaxWorkspaceBytes) {
     c.rejected = "workspace of " + std::to_string(p.workspace_bytes >> 20) + " MiB";
     return;
@@ -84,15 +85,46 @@ void build_sm80(Candidate& c, const Problem& problem, const Device& device, int 
   p.predicted_us = predicted_us(problem, device, p);
 }
 
+void build_stream_k(Candidate& c, const Problem& problem, const Device& device, const TileSm90& tile, int64_t tiles) {
+  Plan& p = c.plan;
+  const int blocks = -p.splits;
+  if (blocks > tile.size().blocks()) {
+    c.rejected = "stream-K with " + std::to_string(blocks) + " blocks an SM, which holds " +
+                 std::to_string(tile.size().blocks());
+    return;
+  }
+  if (tile.share > 1) {
+    c.rejected = "no stream-K with blocks that share activations";
+    return;
+  }
+  if (tiles == 0) {
+    c.rejected = "no output";
+    return;
+  }
+  p.grid = stream_k_blocks(tiles, format::col_tiles(problem.k), int64_t{device.num_sms} * blocks);
+  if (tiles % p.grid == 0) {
+    c.rejected = "every block has as many whole tiles";
+    return;
+  }
+  p.workspace_bytes = workspace(problem, stream_bytes(tile.size(), p.grid)).size;
+  p.predicted_us = predicted_us(problem, device, p);
+}
+
 void build_sm90(Candidate& c, const Problem& problem, const Device& device, int splits) {
   Plan& p = c.plan;
   const TileSm90 tile = tile_sm90(p.tile);
   const ShapeSm90& shape = tile.size();
   const SmemSm90 smem = smem_sm90(shape, problem.num_bits, scale_mode(problem.group_size));
   p.threads = shape.threads();
-  p.workspace_bytes = workspace(problem, 1).size;  // splits meet in shared memory
+  p.workspace_bytes = workspace(problem, 0).size;  // splits meet in shared memory
   p.num_stages = smem.stages;
   p.smem_bytes = smem.size;
+  const int64_t tiles =
+      ((problem.m + shape.block_m - 1) / shape.block_m) * ((problem.n + tile_n(p.tile) - 1) / tile_n(p.tile));
+  if (splits < 0) {
+    build_stream_k(c, problem, device, tile, tiles);
+    return;
+  }
   const int cluster = tile.share * splits;
   if (cluster > kMaxCluster) {
     c.rejected = "a cluster of " + std::to_string(cluster) + " blocks, at most " + std::to_string(kMaxCluster);
@@ -110,8 +142,6 @@ void build_sm90(Candidate& c, const Problem& problem, const Device& device, int 
     c.rejected = "no room to exchange the sums of " + std::to_string(splits) + " splits";
     return;
   }
-  const int64_t tiles =
-      ((problem.m + shape.block_m - 1) / shape.block_m) * ((problem.n + tile_n(p.tile) - 1) / tile_n(p.tile));
   // without splits a cluster walks over tiles; with them it does one, since the exchange takes the place of the stages
   const int64_t clusters = splits > 1 ? tiles : std::min<int64_t>(tiles, device.num_sms * shape.blocks() / cluster);
   p.grid = clusters * cluster;
@@ -144,7 +174,7 @@ void build_decode(Candidate& c, const Problem& problem, const Device& device, in
     return;
   }
   p.threads = tile.threads();
-  p.workspace_bytes = workspace(problem, 1).size;
+  p.workspace_bytes = workspace(problem, 0).size;
   p.num_stages = smem.stages;
   p.smem_bytes = smem.size;
   p.grid = splits > 1 ? tiles * splits : std::min(tiles, most);
@@ -194,7 +224,8 @@ std::vector<Candidate> candidates(const Problem& problem, const Device& device, 
         ((problem.m + block_m(tile) - 1) / block_m(tile)) * ((problem.n + block_n(tile) - 1) / block_n(tile));
     for (int splits : splits_of(tile)) {
       all.push_back(build(problem, device, tile, splits, rank));
-      if (!all.back().rejected.empty() || blocks * splits > int64_t{kEnoughBlocks} * device.num_sms) break;
+      if (splits > 0 && (!all.back().rejected.empty() || blocks * splits > int64_t{kEnoughBlocks} * device.num_sms))
+        break;
     }
   }
   return all;
@@ -297,11 +328,16 @@ Plan with_tile(const Problem& problem, const Device& device, int tile, int split
     throw std::invalid_argument("splits: expected at most " + std::to_string(kMaxSplits) + ", got " +
                                 std::to_string(splits));
   }
-  Candidate chosen = build(problem, device, tile, std::max(splits, 1), rank);
+  if (splits < 0 && family(tile) != Family::kSm90) {
+    throw std::invalid_argument("splits: expected 0 or more, got " + std::to_string(splits) +
+                                ": only the wgmma.sp kernel does stream-K");
+  }
+  Candidate chosen = build(problem, device, tile, splits == 0 ? 1 : splits, rank);
   for (int s : splits_of(tile)) {
-    if (splits > 0 || !chosen.rejected.empty()) break;
+    if (splits != 0) break;
     Candidate c = build(problem, device, tile, s, rank);
-    if (c.rejected.empty() && c.plan.predicted_us < chosen.plan.predicted_us) chosen = c;
+    const bool better = !chosen.rejected.empty() || c.plan.predicted_us < chosen.plan.predicted_us;
+    if (c.rejected.empty() && better) chosen = c;
   }
   if (!chosen.rejected.empty()) {
     throw std::invalid_argument("tile " + std::to_string(tile) + " (" + tile_text(tile) + "): " + chosen.rejected);
@@ -348,9 +384,11 @@ std::string explain(const Problem& problem, const Device& device) {
       continue;
     }
     const Plan& p = of_tile->plan;
-    std::snprintf(line, sizeof(line), "%s %s: %2d splits, %d stages, %6lld blocks, %6d B shared, %8.1f us predicted\n",
-                  of_tile == chosen ? " *" : "  ", name.c_str(), p.splits, p.num_stages, static_cast<long long>(p.grid),
-                  p.smem_bytes, p.predicted_us);
+    const std::string splits =
+        p.splits < 0 ? " stream-K" : (p.splits < 10 ? " " : "") + std::to_string(p.splits) + " splits";
+    std::snprintf(line, sizeof(line), "%s %s: %s, %d stages, %6lld blocks, %6d B shared, %8.1f us predicted\n",
+                  of_tile == chosen ? " *" : "  ", name.c_str(), splits.c_str(), p.num_stages,
+                  static_cast<long long>(p.grid), p.smem_bytes, p.predicted_us);
     text += line;
   }
   return text;

@@ -20,8 +20,10 @@ struct Device {
 };
 
 struct Plan {
-  int tile = -1;   // number of the tile (plan/tiles_all.h)
-  int splits = 1;  // blocks along k that share an output tile; in the portable kernel their sums meet in the workspace
+  int tile = -1;  // number of the tile (plan/tiles_all.h)
+  // Blocks along k that share an output tile; in the portable kernel their sums meet in the workspace. Negative: stream-K, with so
+  // many blocks an SM (plan/stream_k.h).
+  int splits = 1;
   int num_stages = 0;           // depth of the shared-memory ring
   int64_t grid = 0;             // blocks
   int rank = 0;                 // of the low-rank correction that the launch adds (plan/low_rank.h), or 0
@@ -40,7 +42,7 @@ std::string why_unsupported(const Problem& problem, const Device& device);
 
 // The best plan. Throws std::invalid_argument with why_unsupported's text.
 Plan plan(const Problem& problem, const Device& device);
-// The best plan with the tile (and the split, when > 0) given: for tests and for tuning. Throws where the two do not fit.
+// The best plan with the tile (and the split, unless 0) given: for tests and for tuning. Throws where the two do not fit.
 Plan plan_with_tile(const Problem& problem, const Device& device, int tile, int splits);
 // The best plan that multiplies and adds a low-rank correction in one launch; where there is none (many tokens, a large rank, a GPU or
 // a k that the decode kernel does not take), plan()'s, whose rank is 0: the correction is then left to two dense products.

@@ -157,6 +157,9 @@ void bind_structs(py::module_& m) {
       .def_readonly("dram_us", &Effort::dram_us)
       .def_readonly("l2_us", &Effort::l2_us)
       .def_readonly("exchanges", &Effort::exchanges)
+      .def_readonly("tiles", &Effort::tiles)
+      .def_readonly("streams", &Effort::streams)
+      .def_readonly("parts", &Effort::parts)
       .def_readonly("reduce_us", &Effort::reduce_us);
   py::class_<Plan>(m, "Plan")
       .def_readonly("tile", &Plan::tile)

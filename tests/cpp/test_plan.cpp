@@ -7,6 +7,7 @@
 #include "device/scheduler.cuh"
 #include "plan/plan.h"
 #include "plan/smem.h"
+#include "plan/stream_k.h"
 #include "plan/workspace.h"
 
 namespace sparse_marlin {
@@ -36,6 +37,33 @@ TEST(Scheduler, SharesOutAllWorkOnce) {
   }
 }
 
+// The ranges of stream-K are of nearly the same length and cover what is not done whole.
+TEST(StreamK, RangesCoverTheColumnTilesOnce) {
+  for (int64_t tiles : {1, 2, 7, 32, 112, 133, 500, 20000}) {
+    for (int64_t cols : {3, 32, 112, 131072}) {
+      for (int64_t most : {1, 5, 132, 264}) {
+        const int64_t blocks = stream_k_blocks(tiles, cols, most);
+        ASSERT_GE(blocks, 1);
+        ASSERT_LE(blocks, most);
+        if ((tiles + blocks) * cols > INT32_MAX) continue;
+        const StreamK s = stream_k(tiles, cols, blocks);
+        EXPECT_EQ(s.step == 0, tiles % blocks == 0);
+        if (s.step == 0) continue;
+        EXPECT_EQ(s.whole_tiles % blocks, 0);
+        const int64_t streamed = (tiles - s.whole_tiles) * cols;
+        EXPECT_EQ(s.start(0), 0);
+        ASSERT_EQ(s.start(static_cast<int>(blocks)), streamed);
+        for (int range = 0; range < blocks; ++range) {
+          const int64_t length = s.start(range + 1) - s.start(range);
+          ASSERT_GE(length, streamed / blocks);
+          ASSERT_LE(length, streamed / blocks + 1);
+          ASSERT_GE(length, 1) << "a range is never empty";
+        }
+      }
+    }
+  }
+}
+
 TEST(Smem, StagesKeepTheAlignmentThatSwizzledAddressesNeed) {
   for (const Tile& tile : kTiles) {
     for (int bits : {4, 8}) {
@@ -56,7 +84,7 @@ TEST(Workspace, HoldsPartialsAndAlignedCopiesSideBySide) {
   p.n = 65;
   p.k = 36;
   p.group_size = 32;
-  const Workspace w = workspace(p, 2);
+  const Workspace w = workspace(p, split_bytes(p, 2));
   EXPECT_GE(w.acts, 2 * 3 * 65 * 4);
   EXPECT_GE(w.scales - w.acts, 3 * 40 * kActBytes) << "rows of 36 become rows of 40";
   EXPECT_GE(w.size - w.scales, 2 * 72 * kActBytes) << "two groups of 65 become rows of 72";
@@ -64,7 +92,7 @@ TEST(Workspace, HoldsPartialsAndAlignedCopiesSideBySide) {
   EXPECT_EQ(w.scales % kWorkspaceAlign, 0);
   p.n = 64;
   p.k = 64;
-  EXPECT_EQ(workspace(p, 1).size, 0);
+  EXPECT_EQ(workspace(p, split_bytes(p, 1)).size, 0);
 }
 
 TEST(Plan, RefusesWhatTheDeviceCannotDo) {

@@ -1,0 +1,78 @@
+// Stream-K: sums of an output tile whose column tiles are in the ranges of several blocks (plan/stream_k.h) meet in the workspace. The
+// block with the tile's first column tiles adds those of the ranges that follow, in their order: the same bits in every run. They
+// come through its ring of stages behind the tile's last column tile, a panel's sums in the bytes of a stage's activations.
+//
+// That a range's sums are there is said by a flag that equals the launch's token, 64 random bits: whatever the memory held before,
+// it did not hold that, so nothing has to be cleared first. Whoever has seen a flag clears it, because a CUDA graph launches again
+// with the same token.
+#pragma once
+#include "device/mainloop_sm90.cuh"
+#include "device/ptx/cp_async.cuh"
+
+namespace sparse_marlin::device {
+
+template <typename Consumer, ShapeSm90 kTile>
+struct RangesSm90 {
+  using Sums = typename Consumer::Sums;
+  using Place = typename Consumer::Place;
+  static constexpr int kVectorSums = sizeof(float4) / sizeof(float);
+  static constexpr int kPanelVectors = kTile.block_m / 2 / kVectorSums;  // of a thread
+  static constexpr int kVectorBytes = kWarpgroupThreads * sizeof(float4);
+
+  const Consumer& consumer;
+
+  __device__ __forceinline__ void sync() const {
+    ptx::named_barrier(1 + consumer.warpgroup, kWarpgroupThreads);  // the epilogue's, which does not run meanwhile
+  }
+
+  // The block's own range is in the middle or at the end of the tile.
+  __device__ __forceinline__ void give(const Sums& sums) const {
+    const int range = consumer.range();
+#pragma unroll
+    for (int b = 0; b < kTile.panels; ++b) {
+      float4* to = reinterpret_cast<float4*>(consumer.range_sums(range, consumer.warpgroup * kTile.panels + b)) +
+                   threadIdx.x % kWarpgroupThreads;
+#pragma unroll
+      for (int i = 0; i < kPanelVectors; ++i) {
+        const float* v = sums[b] + i * kVectorSums;
+        to[i * kWarpgroupThreads] = make_float4(v[0], v[1], v[2], v[3]);
+      }
+    }
+    ptx::fence_async_global();  // they are read by an asynchronous copy
+    sync();
+    if (threadIdx.x % kWarpgroupThreads == 0)
+      ptx::flag_raise(consumer.range_flag(range, consumer.warpgroup), consumer.args.token);
+  }
+
+  // The block's range has the beginning of `tile`: adds all others' sums, which are in the next stages.
+  __device__ __forceinline__ void take(Sums& sums, int tile, Place& place) const {
+    consumer.for_each_later_range(tile, [&](int) {
+      for (int owner = 0; owner < kTile.consumers; ++owner) {
+#pragma unroll
+        for (int b = 0; b < kTile.panels; ++b) {
+          ptx::mbarrier_wait(consumer.full(place.stage), place.parity);
+          if (owner == consumer.warpgroup) {
+            add(sums[b], consumer.acts_at(place.stage) + threadIdx.x % kWarpgroupThreads * uint32_t{sizeof(float4)});
+            __syncwarp();
+          }
+          consumer.release(place.stage);
+          place = place.next();
+        }
+      }
+    });
+  }
+
+  static __device__ __forceinline__ void add(float (&sums)[kTile.block_m / 2], uint32_t from) {
+#pragma unroll
+    for (int i = 0; i < kPanelVectors; ++i) {
+      const uint4 v = ptx::load_shared_v4(from + i * kVectorBytes);
+      float* to = sums + i * kVectorSums;
+      to[0] += __uint_as_float(v.x);
+      to[1] += __uint_as_float(v.y);
+      to[2] += __uint_as_float(v.z);
+      to[3] += __uint_as_float(v.w);
+    }
+  }
+};
+
+}  // namespace sparse_marlin::device
