@@ -15,9 +15,16 @@ from pathlib import Path
 import torch
 from timing import graph_us
 
-from sparse_marlin import SparseMarlinLinear, testing
+from sparse_marlin import SparseMarlinLinear, _core, testing
+from sparse_marlin.info import planner_device
 
-SHAPES = {"8B qkv": (6144, 4096), "8B o": (4096, 4096), "8B gate_up": (28672, 4096), "8B down": (4096, 14336)}
+SHAPES = {
+    "8B qkv": (6144, 4096),
+    "8B o": (4096, 4096),
+    "8B gate_up": (28672, 4096),
+    "8B down": (4096, 14336),
+    "70B gate_up": (57344, 8192),
+}
 ROTATED_BYTES = 200e6
 
 
@@ -28,6 +35,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = []
+    gpu = planner_device()
     for name, (n, k) in SHAPES.items():
         codes, scales = testing.random_codes(n, k).cuda(), testing.random_scales(n, k).cuda().half()
         count = max(2, int(ROTATED_BYTES / (n * k * 3.125 / 8)) + 1)
@@ -38,10 +46,11 @@ def main() -> None:
             ]
             for rank in (0, options.rank)
         }
+        wanted_weight = layers[options.rank][0].to_linear().weight.float()
         for tokens in options.tokens:
             x = torch.randn(tokens, k, device="cuda", dtype=torch.float16)
             first = layers[options.rank][0]
-            wanted = torch.nn.functional.linear(x.float(), first.to_linear().weight.float())
+            wanted = torch.nn.functional.linear(x.float(), wanted_weight)
             assert (first(x).float() - wanted).norm() / wanted.norm() < 5e-3
             with torch.inference_mode():
                 times = {
@@ -50,8 +59,10 @@ def main() -> None:
                 }
             plain, corrected = times[0], times[options.rank]
             share = corrected / plain - 1
+            plan = _core.plan_low_rank(_core.Problem(tokens, n, k), gpu, options.rank)
             rows.append({"shape": name, "tokens": tokens, "plain_us": plain, "corrected_us": corrected, "more": share})
-            print(f"{name:12} M={tokens:<3} {plain:7.2f} us -> {corrected:7.2f} us  ({share:+.0%})", flush=True)
+            how = f"tile {plan.tile}, {plan.splits} splits, {plan.lead} blocks project" if plan.rank else "two products"
+            print(f"{name:12} M={tokens:<3} {plain:7.2f} us -> {corrected:7.2f} us  ({share:+.0%})  {how}", flush=True)
     if options.json:
         about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rank": options.rank}
         options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")

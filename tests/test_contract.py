@@ -27,6 +27,10 @@ SCHEMAS = {
         "(Tensor a, Tensor weight_packed, Tensor scales, int group_size=128, int num_bits=4, "
         "Tensor? bias=None) -> Tensor"
     ),
+    "sparse_marlin_gemm_low_rank": (
+        "(Tensor a, Tensor weight_packed, Tensor scales, Tensor down, Tensor up, int group_size=128, int num_bits=4, "
+        "Tensor? bias=None) -> Tensor"
+    ),
 }
 
 

@@ -450,6 +450,6 @@ def test_no_decode_kernel_spills(all_cubins):
 
     stacks = stacks_of([path for path in all_cubins if b"gemm_decode" in path.read_bytes()], name)
     tiles = sum(tile.kernel == "decode" for tile in _core.TILES)
-    assert len(stacks) == len(ACTS) * len(_core.NUM_BITS) * tiles * SCALE_MODES
+    assert len(stacks) == len(ACTS) * len(_core.NUM_BITS) * tiles * SCALE_MODES * 2, "with a correction and without"
     faults = [f"{kernel}: {stack} bytes of stack" for kernel, stack in stacks.items() if stack > 0]
     assert not faults, "\n".join(faults)

@@ -154,6 +154,31 @@ def gemm_kernels(stream_k: bool) -> int:
     return len(ran) + walked
 
 
+def low_rank_kernels() -> int:
+    """The decode kernel with a low-rank correction: every tile, with and without a split, ragged ranks and edges, more
+    output tiles than blocks. The workspace, which it reads to see whether something has come, is filled before."""
+    device = planner_device()
+    launches = 0
+    sizes = ((3, 200, 320, 17), (11, 72, 640, 72), (9, 280 * 128 + 8, 192, 20))
+    for (m, n, k, rank), dtype in product(sizes, (torch.float16, torch.bfloat16)):
+        codes, scales = testing.random_codes(n, k), testing.random_scales(n, k, 64, dtype)
+        packed = sparse_marlin.pack_24_weights(codes, scales, 64)
+        a, up, down = (torch.randn(*shape).to(dtype) for shape in ((m, k), (n, rank), (rank, k)))
+        on_gpu = [t.cuda() for t in (a, packed, scales, down, up)]
+        problem = _core.Problem(m, n, k, 64, 4, str(dtype).removeprefix("torch."))
+        for tile, splits in product(range(len(_core.TILES)), (1, 2)):
+            try:
+                _core.plan_low_rank_with_tile(problem, device, rank, tile, splits)
+            except ValueError:
+                continue
+            with testing.poisoned_allocations("cuda", megabytes=1):
+                out = torch.ops.sparse_marlin._sparse_marlin_gemm_low_rank_by(*on_gpu, 64, 4, None, tile, splits)
+            what = f"{m} {n} {k}, rank {rank}, tile {tile}, splits {splits}"
+            testing.assert_accepted(out.cpu(), a, codes, scales, 64, None, what, (up, down))
+            launches += 1
+    return launches
+
+
 def check(sanitizer: str, tool: str) -> dict[str, Any]:
     options = [*TOOLS[tool], "--print-limit", "20", "--error-exitcode", "9"]
     start = time.monotonic()
@@ -197,6 +222,7 @@ def main() -> int:
         return 1
     if args.launch:
         counts = {"multiplications": gemm_kernels(not args.without_stream_k), "packings and unpackings": pack_kernels()}
+        counts["corrections"] = low_rank_kernels()
         print(json.dumps({**counts, "imports and exports": legacy_kernels()}))
         return 0
     sanitizer = os.environ.get("COMPUTE_SANITIZER") or shutil.which("compute-sanitizer")

@@ -2,6 +2,7 @@
 // k is split over a cluster, this does one.
 #pragma once
 #include "device/epilogue.cuh"
+#include "device/low_rank_decode.cuh"
 #include "device/mainloop_decode.cuh"
 
 namespace sparse_marlin::device {
@@ -9,7 +10,7 @@ namespace sparse_marlin::device {
 // The sums of the warps along k meet in shared memory and are added in a fixed order; where k is split over a cluster, each block
 // sends its sums of a vector (four features of a token) to the block that owns it, which adds them in the order of the blocks. Then
 // channel scale, bias, one rounding.
-template <typename Act, typename Warp, TileDecode kTile>
+template <typename Act, typename Warp, TileDecode kTile, ScaleMode kMode, bool kLowRank>
 struct DecodeEpilogue {
   static constexpr int kPitch = kTile.block_n() + kEpiloguePad;
   static constexpr int kBarrier = 1;  // of the warps that compute
@@ -30,6 +31,12 @@ struct DecodeEpilogue {
   }
   __device__ __forceinline__ float4* received() const {  // [split][vector]
     return reinterpret_cast<float4*>(shared_at(warp.smem + args.smem.received));
+  }
+
+  static __device__ __forceinline__ int thread() {
+    int index = threadIdx.x;
+    if constexpr (kLowRank) asm volatile("" : "+r"(index));  // as above
+    return index;
   }
 
   static __device__ __forceinline__ void meet() { ptx::named_barrier(kBarrier, kThreads); }
@@ -71,7 +78,7 @@ struct DecodeEpilogue {
     const int n = work.tile_n * kTile.block_n() + i % kRowVectors * kVectorFeatures;
     if (token >= g.m || n >= g.n) return;
     const int count = min(kVectorFeatures, g.n - n);
-    if (g.group_size == kChannelwise) {
+    if (!kLowRank && g.group_size == kChannelwise) {  // with a correction the sums are scaled before it
       const Act* scales = static_cast<const Act*>(g.params.scales) + n;
       v.x *= to_float(scales[0]);
       if (count > 1) v.y *= to_float(scales[1]);
@@ -90,7 +97,7 @@ struct DecodeEpilogue {
     const int vectors = min(kMmaTokens * kRowVectors, args.smem.rows * kRowVectors - first);
     const uint32_t place = warp.smem + args.smem.received + rank * slots * kVectorBytes;
     const float* sums = exchange();
-    for (int i = threadIdx.x; i < vectors; i += kThreads) {
+    for (int i = thread(); i < vectors; i += kThreads) {
       const int owner = (first + i) % splits, slot = (first + i) / splits;
       const float4 v = total(sums, i);
       if (owner == rank) {
@@ -106,15 +113,15 @@ struct DecodeEpilogue {
     const int slots = owned_vectors(kTile, args.smem.rows, splits);
     const float4* from_rank = received();
     ptx::mbarrier_wait_cluster(warp.received_full(), 0);
-    for (int i = threadIdx.x; i < owned_vectors(kTile, args.smem.rows, splits, rank); i += kThreads) {
+    for (int i = thread(); i < owned_vectors(kTile, args.smem.rows, splits, rank); i += kThreads) {
       float4 v = from_rank[i];
       for (int from = 1; from < splits; ++from) v = add(v, from_rank[from * slots + i]);
       store(work, i * splits + rank, v);
     }
   }
 
-  // `again`: not the block's first tile.
-  __device__ __forceinline__ void run(const typename Warp::Sums& sums, const BlockWork& work, bool again) const {
+  __device__ __forceinline__ void run(const typename Warp::Sums& sums, const BlockWork& work, int tile) const {
+    const bool again = tile >= warp.step();  // not the block's first
     const bool split = args.gemm.splits > 1;
     if (split) ptx::cluster_wait();  // the others' barriers are ready
 #pragma unroll
@@ -124,11 +131,16 @@ struct DecodeEpilogue {
       if (again || pass > 0) meet();  // the sums before have been read
       share(sums, pass);
       meet();
+      // all warps have read their rows of the correction's factor
+      if constexpr (kLowRank) {
+        if (pass == 0 && threadIdx.x == 0 && tile + warp.step() < args.tiles)
+          LowRankPlaces<kTile, kMode>{{args, warp.smem}}.ask_up(tile + warp.step());
+      }
       if (split) {
         send(pass);
       } else {
         const float* all = exchange();
-        for (int i = threadIdx.x; i < tokens() * kRowVectors; i += kThreads)
+        for (int i = thread(); i < tokens() * kRowVectors; i += kThreads)
           store(work, first * kRowVectors + i, total(all, i));
       }
     }
@@ -140,17 +152,24 @@ struct DecodeEpilogue {
 };
 
 // The tile goes by its index in kTilesDecode, as in kernel_sm80.cuh.
-template <typename Act, int kBits, int kTileIndex, ScaleMode kMode>
+// kLowRank: with a low-rank correction; a kernel of its own, so that the others keep their registers.
+template <typename Act, int kBits, int kTileIndex, ScaleMode kMode, bool kLowRank>
 __global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(), kTilesDecode[kTileIndex].blocks)
     gemm_decode(const __grid_constant__ KernelArgsDecode args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr TileDecode kTile = kTilesDecode[kTileIndex];
-  using Loader = DecodeLoader<kTile, kMode>;
-  using Warp = DecodeWarp<Act, kBits, kTile, kMode>;
-  using End = DecodeEpilogue<Act, Warp, kTile>;
+  using Loader = DecodeLoader<kTile, kMode, kLowRank>;
+  using Warp = DecodeWarp<Act, kBits, kTile, kMode, kLowRank>;
+  using End = DecodeEpilogue<Act, Warp, kTile, kMode, kLowRank>;
   extern __shared__ uint8_t shared[];
   const uint32_t unaligned = ptx::smem_address(shared);
   const uint32_t smem = (unaligned + kSwizzleAlign - 1) & ~uint32_t{kSwizzleAlign - 1};
+  if constexpr (kLowRank) {
+    if (static_cast<int>(blockIdx.x) < args.low.lead) {
+      LowRankProject<Act, kTile>::run(args, shared);
+      return;
+    }
+  }
   // the same in all lanes of a warp, which the compiler learns from the shuffle
   const int warp = __shfl_sync(~0u, threadIdx.x / format::kLanes, 0), lane = threadIdx.x % format::kLanes;
 
@@ -170,6 +189,9 @@ __global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(), kTilesDeco
     if (asks) ptx::prefetch_map(&args.acts_map);
     if (asks && Loader::kScaled) ptx::prefetch_map(&args.scales_map);
     loader.init_barriers(lane);
+    if constexpr (kLowRank) {
+      if (asks && LowRankPlaces<kTile, kMode>::corrects()) LowRankPlaces<kTile, kMode>{{args, smem}}.begin();
+    }
     if (asks) asked = loader.begin();
     if (asks && args.gemm.splits > 1) loader.expect_sums();
     __syncwarp();
@@ -180,15 +202,27 @@ __global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(), kTilesDeco
   __syncthreads();  // all barriers in shared memory are ready
   if (args.gemm.splits > 1) ptx::cluster_arrive();
   if (loads) {
+    if constexpr (kLowRank) {
+      if (LowRankPlaces<kTile, kMode>::corrects()) {
+        const LowRankReceiver<kTile, kMode> receiver{{{args, smem}}};
+        receiver.run(loader, asked, asks, lane);
+        if (asks) loader.run(asked);
+        receiver.done(lane);
+        return;
+      }
+    }
     if (asks) loader.run(asked);
     return;
   }
   ptx::grid_dependency_wait();  // the output may still be in use by the kernel before
   const End end{args, mine};
   typename Warp::Sums sums;
-  for (int tile = mine.first_tile(); tile < args.tiles; tile += gridDim.x) {
+  for (int tile = mine.first_tile(); tile < args.tiles; tile += mine.step()) {
     mine.run(sums, state, places);
-    end.run(sums, mine.work(tile), tile >= static_cast<int>(gridDim.x));
+    const BlockWork work = mine.work(tile);
+    if constexpr (kLowRank)
+      LowRankExpand<Act, Warp, kTile, kMode>{{{args, smem}}}.add(sums, mine, work, tile / mine.step());
+    end.run(sums, work, tile);
   }
 #endif
 }

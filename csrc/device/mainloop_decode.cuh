@@ -34,7 +34,8 @@ struct RingPlace {
 };
 
 // Where things lie, and which output tiles the block works on.
-template <TileDecode kTile, ScaleMode kMode>
+// kLowRank: with a low-rank correction (device/low_rank_decode.cuh), whose blocks in front take no part in what follows.
+template <TileDecode kTile, ScaleMode kMode, bool kLowRank>
 struct DecodePlaces {
   static constexpr bool kScaled = kMode != ScaleMode::kNone;
   const KernelArgsDecode& args;
@@ -42,7 +43,15 @@ struct DecodePlaces {
 
   // Where k is split, a cluster works on one output tile, and its blocks share out the column tiles of a turn; otherwise a block is a
   // cluster of its own, and walks over output tiles.
-  static __device__ __forceinline__ int first_tile() { return ptx::cluster_id(); }
+  __device__ __forceinline__ int first_tile() const {
+    if constexpr (kLowRank) return ptx::cluster_id() - args.low.lead_clusters;
+    return ptx::cluster_id();
+  }
+  // From one output tile of a block to its next.
+  __device__ __forceinline__ int step() const {
+    if constexpr (kLowRank) return args.low.step;
+    return gridDim.x;
+  }
   static __device__ __forceinline__ int first_col() { return ptx::cluster_block() * kTile.warps_k; }
 
   __device__ __forceinline__ BlockWork work(int tile) const {
@@ -59,9 +68,9 @@ struct DecodePlaces {
 };
 
 // The warp that brings what the others share, a chunk at a time; one thread of it asks.
-template <TileDecode kTile, ScaleMode kMode>
-struct DecodeLoader : DecodePlaces<kTile, kMode> {
-  using Base = DecodePlaces<kTile, kMode>;
+template <TileDecode kTile, ScaleMode kMode, bool kLowRank>
+struct DecodeLoader : DecodePlaces<kTile, kMode, kLowRank> {
+  using Base = DecodePlaces<kTile, kMode, kLowRank>;
   using Base::args;
   using Base::smem;
 
@@ -91,7 +100,7 @@ struct DecodeLoader : DecodePlaces<kTile, kMode> {
     }
     this->advance(s.chunk);
     s.col += args.col_step;
-    if (--s.left == 0) begin_tile(s, s.tile + gridDim.x);
+    if (--s.left == 0) begin_tile(s, s.tile + this->step());
   }
 
   // Its barriers; all lanes.
@@ -122,6 +131,10 @@ struct DecodeLoader : DecodePlaces<kTile, kMode> {
     ptx::mbarrier_arrive_expect(this->received_full(), (args.gemm.splits - 1) * vectors * kVectorBytes);
     ptx::mbarrier_init_fence();
   }
+  // What the ring has room for now.
+  __device__ __forceinline__ void ask_where_free(State& s) const {
+    while (s.tile < args.tiles && ptx::mbarrier_test(this->empty(s.chunk.barrier), s.chunk.parity ^ 1)) ask(s);
+  }
   __device__ __forceinline__ void run(State& s) const {
     while (s.tile < args.tiles) {
       ptx::mbarrier_wait(this->empty(s.chunk.barrier), s.chunk.parity ^ 1);
@@ -131,9 +144,9 @@ struct DecodeLoader : DecodePlaces<kTile, kMode> {
 };
 
 // A warp that computes.
-template <typename Act, int kBits, TileDecode kTile, ScaleMode kMode>
-struct DecodeWarp : DecodePlaces<kTile, kMode> {
-  using Base = DecodePlaces<kTile, kMode>;
+template <typename Act, int kBits, TileDecode kTile, ScaleMode kMode, bool kLowRank>
+struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
+  using Base = DecodePlaces<kTile, kMode, kLowRank>;
   using Base::args;
   using Base::kScaled;
   static constexpr int kSlices = kTile.slices;
@@ -192,7 +205,7 @@ struct DecodeWarp : DecodePlaces<kTile, kMode> {
     if (--s.left == 0) {
       s.col = this->first_col() + warp_k;
       s.left = args.turns;
-      s.tile += gridDim.x;
+      s.tile += this->step();
       if (s.tile < args.tiles) s.from = weights_of(s.tile);
     }
   }
@@ -206,7 +219,7 @@ struct DecodeWarp : DecodePlaces<kTile, kMode> {
     if (turns >= args.turns) {
       const int tiles = turns / args.turns;
       turns -= tiles * args.turns;
-      tile += tiles * gridDim.x;
+      tile += tiles * this->step();
     }
     return {tile < args.tiles ? weights_of(tile) : nullptr,
             this->first_col() + warp_k + turns * (kCols * args.col_step), args.turns - turns, tile};

@@ -2,5 +2,5 @@
 #include "launch/fill_table_decode.cuh"
 
 namespace sparse_marlin {
-const KernelTableDecode kKernelsDecodeBf16Int8 = fill_table_decode<__nv_bfloat16, 8>();
+const KernelTableDecode kKernelsDecodeBf16Int8 = fill_table_decode<__nv_bfloat16, 8, false>();
 }  // namespace sparse_marlin

@@ -2,5 +2,5 @@
 #include "launch/fill_table_decode.cuh"
 
 namespace sparse_marlin {
-const KernelTableDecode kKernelsDecodeF16Int4 = fill_table_decode<__half, 4>();
+const KernelTableDecode kKernelsDecodeF16Int4 = fill_table_decode<__half, 4, false>();
 }  // namespace sparse_marlin

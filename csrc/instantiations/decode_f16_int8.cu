@@ -2,5 +2,5 @@
 #include "launch/fill_table_decode.cuh"
 
 namespace sparse_marlin {
-const KernelTableDecode kKernelsDecodeF16Int8 = fill_table_decode<__half, 8>();
+const KernelTableDecode kKernelsDecodeF16Int8 = fill_table_decode<__half, 8, false>();
 }  // namespace sparse_marlin

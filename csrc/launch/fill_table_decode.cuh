@@ -1,4 +1,4 @@
-// Instantiates the decode kernel for every tile and every scale mode.
+// Instantiates the decode kernel for every tile and every scale mode, without a low-rank correction or with one.
 #pragma once
 #include <utility>
 
@@ -7,15 +7,16 @@
 
 namespace sparse_marlin {
 
-template <typename Act, int kBits, int... kIndex>
+template <typename Act, int kBits, bool kLowRank, int... kIndex>
 constexpr KernelTableDecode fill_table_decode(std::integer_sequence<int, kIndex...>) {
-  return {{{device::gemm_decode<Act, kBits, kIndex, ScaleMode::kNone>...},
-           {device::gemm_decode<Act, kBits, kIndex, ScaleMode::kTiles>...},
-           {device::gemm_decode<Act, kBits, kIndex, ScaleMode::kSteps>...}}};
+  return {{{device::gemm_decode<Act, kBits, kIndex, ScaleMode::kNone, kLowRank>...},
+           {device::gemm_decode<Act, kBits, kIndex, ScaleMode::kTiles, kLowRank>...},
+           {device::gemm_decode<Act, kBits, kIndex, ScaleMode::kSteps, kLowRank>...}}};
 }
-template <typename Act, int kBits>
+template <typename Act, int kBits, bool kLowRank>
 constexpr KernelTableDecode fill_table_decode() {
-  return fill_table_decode<Act, kBits>(std::make_integer_sequence<int, static_cast<int>(kTilesDecode.size())>{});
+  return fill_table_decode<Act, kBits, kLowRank>(
+      std::make_integer_sequence<int, static_cast<int>(kTilesDecode.size())>{});
 }
 
 }  // namespace sparse_marlin

@@ -16,4 +16,10 @@ extern const KernelTableDecode kKernelsDecodeF16Int8;
 extern const KernelTableDecode kKernelsDecodeBf16Int4;
 extern const KernelTableDecode kKernelsDecodeBf16Int8;
 
+// With a low-rank correction.
+extern const KernelTableDecode kKernelsDecodeLowRankF16Int4;
+extern const KernelTableDecode kKernelsDecodeLowRankF16Int8;
+extern const KernelTableDecode kKernelsDecodeLowRankBf16Int4;
+extern const KernelTableDecode kKernelsDecodeLowRankBf16Int8;
+
 }  // namespace sparse_marlin

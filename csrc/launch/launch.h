@@ -5,8 +5,16 @@
 
 namespace sparse_marlin {
 
+// Factors of a low-rank correction: row-major, contiguous, aligned to 16 bytes, dtype of the problem.
+struct LowRankFactors {
+  const void* down = nullptr;  // [Plan::rank, k]
+  const void* up = nullptr;    // [n, Plan::rank]
+};
+
 // Enqueues the kernels of `plan` on `stream` (a cudaStream_t) of the current device. Returns an empty string or what went wrong.
-std::string launch(const Problem& problem, const Plan& plan, const GemmParams& params, void* stream);
+// factors: read where Plan::rank > 0, like the weights before the kernel before has finished.
+std::string launch(const Problem& problem, const Plan& plan, const GemmParams& params, void* stream,
+                   const LowRankFactors& factors = {});
 
 // Properties of CUDA device `index`, read once and remembered. Throws std::runtime_error where there is none.
 const Device& device_properties(int index);

@@ -3,19 +3,22 @@
 
 #include <array>
 #include <atomic>
+#include <random>
 
 #include "launch/dependent_launch.cuh"
 #include "launch/kernel_table_decode.h"
 #include "launch/launch.h"
 #include "launch/tensor_map.h"
+#include "plan/low_rank.h"
 #include "plan/smem_decode.h"
 #include "plan/tiles_all.h"
+#include "plan/workspace.h"
 
 namespace sparse_marlin {
 namespace {
 
 constexpr int kMaxDevices = 64;
-constexpr int kTables = 4;
+constexpr int kTables = 8;
 
 cudaError_t write_maps(device::KernelArgsDecode& args, const Problem& problem, const TileDecode& tile) {
   const device::KernelArgs& g = args.gemm;
@@ -38,13 +41,44 @@ cudaError_t write_maps(device::KernelArgsDecode& args, const Problem& problem, c
       .write(&args.scales_map);
 }
 
+// Not 0, and never the same as what memory happens to hold.
+uint64_t random_tag() {
+  thread_local std::mt19937_64 generator{[] {
+    std::random_device device;
+    std::seed_seq seed{device(), device(), device(), device()};
+    return std::mt19937_64{seed};
+  }()};
+  return generator() | 1;
+}
+
+device::LowRankArgs low_rank_args(const Problem& problem, const Plan& plan, const device::KernelArgs& gemm,
+                                  const LowRankFactors& factors) {
+  char* base = static_cast<char*>(gemm.params.workspace) + workspace(problem, 1).size;
+  device::LowRankArgs low{};
+  low.down = factors.down;
+  low.up = factors.up;
+  low.readers = reinterpret_cast<uint32_t*>(base);
+  low.packets = base + kWorkspaceAlign;
+  low.tag = random_tag();
+  low.rank = plan.rank;
+  low.shares_log2 = project_shares_log2(problem.m);
+  low.lead = plan.lead;
+  low.lead_clusters = plan.lead / plan.splits;
+  low.step = static_cast<int>(plan.grid) - plan.lead;
+  low.num_readers = low.step / plan.splits;
+  return low;
+}
+
 }  // namespace
 
-cudaError_t launch_decode(const Problem& problem, const Plan& plan, const device::KernelArgs& gemm, int device,
-                          cudaStream_t stream) {
-  static const KernelTableDecode* const tables[kTables] = {&kKernelsDecodeF16Int4, &kKernelsDecodeF16Int8,
-                                                           &kKernelsDecodeBf16Int4, &kKernelsDecodeBf16Int8};
-  const int table = (problem.dtype == DType::kFloat16 ? 0 : 2) + (problem.num_bits == 4 ? 0 : 1);
+cudaError_t launch_decode(const Problem& problem, const Plan& plan, const device::KernelArgs& gemm,
+                          const LowRankFactors& factors, int device, cudaStream_t stream) {
+  static const KernelTableDecode* const tables[kTables] = {
+      &kKernelsDecodeF16Int4,         &kKernelsDecodeF16Int8,        &kKernelsDecodeBf16Int4,
+      &kKernelsDecodeBf16Int8,        &kKernelsDecodeLowRankF16Int4, &kKernelsDecodeLowRankF16Int8,
+      &kKernelsDecodeLowRankBf16Int4, &kKernelsDecodeLowRankBf16Int8};
+  const int table =
+      (plan.rank > 0 ? 4 : 0) + (problem.dtype == DType::kFloat16 ? 0 : 2) + (problem.num_bits == 4 ? 0 : 1);
   const int mode = static_cast<int>(scale_mode(problem.group_size)), index = tile_decode_index(plan.tile);
   const GemmKernelDecode kernel = (*tables[table])[mode][index];
 
@@ -62,11 +96,12 @@ cudaError_t launch_decode(const Problem& problem, const Plan& plan, const device
   args.gemm = gemm;
   const Device& gpu = device_properties(device);
   const TileDecode& tile = tile_decode(plan.tile);
-  args.smem = decode_layout(problem, tile, plan.splits, gpu.num_sms, gpu.smem_per_sm);
+  args.smem = decode_layout(problem, tile, plan.splits, gpu.num_sms, gpu.smem_per_sm, plan.rank);
   args.tiles = gemm.tiles_m * gemm.tiles_n;
   args.cols = static_cast<int>(format::col_tiles(problem.k));
   args.turns = turns(tile, problem.k, plan.splits);
   args.col_step = tile.warps_k * plan.splits;
+  if (plan.rank > 0) args.low = low_rank_args(problem, plan, gemm, factors);
   const cudaError_t status = write_maps(args, problem, tile);
   if (status != cudaSuccess) return status;
   return launch_dependent(kernel, args, plan.grid, plan.threads, plan.smem_bytes, plan.splits, plan.dependent, stream);

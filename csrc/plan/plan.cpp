@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "plan/cost.h"
+#include "plan/low_rank.h"
 #include "plan/smem.h"
 #include "plan/smem_decode.h"
 #include "plan/smem_sm90.h"
@@ -28,7 +29,8 @@ constexpr int kSplitsSm80[] = {1, 2, 3, 4, 6, 8, 12, 16};
 constexpr int kSplitsSm90[] = {-1, -2, 1, 2, 3, 4, 5, 6, 7, 8};
 constexpr int kSplitsDecode[] = {1, 2, 4, 8};  // odd ones were never much better, and often worse
 constexpr int kMaxSplits = 16;
-constexpr int kEnoughBlocks = 8;  // blocks an SM, beyond which splitting k can only cost
+constexpr double kProductsUs = 12;  // two dense products of few tokens, measured on an H100, whatever the layer
+constexpr int kEnoughBlocks = 8;    // blocks an SM, beyond which splitting k can only cost
 
 std::span<const int> splits_of(int tile) {
   switch (family(tile)) {
@@ -150,7 +152,7 @@ void build_sm90(Candidate& c, const Problem& problem, const Device& device, int 
   p.predicted_us = predicted_us(problem, device, p);
 }
 
-void build_decode(Candidate& c, const Problem& problem, const Device& device, int splits) {
+void build_decode(Candidate& c, const Problem& problem, const Device& device, int splits, int rank) {
   Plan& p = c.plan;
   const TileDecode& tile = tile_decode(p.tile);
   if (splits > kMaxSplitsDecode) {
@@ -166,7 +168,7 @@ void build_decode(Candidate& c, const Problem& problem, const Device& device, in
     c.rejected = "needs in features that are a multiple of " + std::to_string(kDecodeColMultiple);
     return;
   }
-  const SmemDecode smem = decode_layout(problem, tile, splits, device.num_sms, device.smem_per_sm);
+  const SmemDecode smem = decode_layout(problem, tile, splits, device.num_sms, device.smem_per_sm, rank);
   if (smem.stages == 0) {
     c.rejected = "no room for its stages";
     return;
@@ -176,10 +178,17 @@ void build_decode(Candidate& c, const Problem& problem, const Device& device, in
   p.num_stages = smem.stages;
   p.smem_bytes = smem.size;
   p.grid = splits > 1 ? tiles * splits : std::min(tiles, most);
+  if (rank > 0) {
+    p.rank = rank;
+    p.lead = lead_blocks(problem.m, rank, splits);
+    p.grid += p.lead;
+    p.workspace_bytes += low_rank_workspace(problem.m, rank);
+  }
   p.predicted_us = predicted_us(problem, device, p);
 }
 
-Candidate build(const Problem& problem, const Device& device, int tile, int splits) {
+// rank > 0: with a low-rank correction in the same launch.
+Candidate build(const Problem& problem, const Device& device, int tile, int splits, int rank = 0) {
   Candidate c;
   c.plan.tile = tile;
   c.plan.splits = splits;
@@ -196,21 +205,25 @@ Candidate build(const Problem& problem, const Device& device, int tile, int spli
     c.rejected = "needs a build with native code for 9.0a (TORCH_CUDA_ARCH_LIST)";
     return c;
   }
+  if (rank > 0 && family(tile) != Family::kDecode) {
+    c.rejected = "adds no low-rank correction";
+    return c;
+  }
   switch (family(tile)) {
     case Family::kSm80: build_sm80(c, problem, device, splits); break;
     case Family::kSm90: build_sm90(c, problem, device, splits); break;
-    case Family::kDecode: build_decode(c, problem, device, splits); break;
+    case Family::kDecode: build_decode(c, problem, device, splits, rank); break;
   }
   return c;
 }
 
-std::vector<Candidate> candidates(const Problem& problem, const Device& device) {
+std::vector<Candidate> candidates(const Problem& problem, const Device& device, int rank = 0) {
   std::vector<Candidate> all;
-  for (int tile = 0; tile < kNumTiles; ++tile) {
+  for (int tile = rank > 0 ? kFirstTileDecode : 0; tile < kNumTiles; ++tile) {
     const int64_t blocks =
         ((problem.m + block_m(tile) - 1) / block_m(tile)) * ((problem.n + block_n(tile) - 1) / block_n(tile));
     for (int splits : splits_of(tile)) {
-      all.push_back(build(problem, device, tile, splits));
+      all.push_back(build(problem, device, tile, splits, rank));
       if (splits > 0 && (!all.back().rejected.empty() || blocks * splits > int64_t{kEnoughBlocks} * device.num_sms))
         break;
     }
@@ -224,6 +237,15 @@ const Candidate* best(const std::vector<Candidate>& all) {
     if (c.rejected.empty() && (chosen == nullptr || c.plan.predicted_us < chosen->plan.predicted_us)) chosen = &c;
   }
   return chosen;
+}
+
+// Why one launch cannot add a correction of this rank, whatever its tile, or empty.
+std::string why_no_low_rank(const Problem& problem, int64_t rank) {
+  if (rank < 1 || rank > kMaxRank)
+    return "expected a rank of 1 to " + std::to_string(kMaxRank) + ", got " + std::to_string(rank);
+  if (problem.m > kMaxTokensLowRank)
+    return "expected at most " + std::to_string(kMaxTokensLowRank) + " tokens, got " + std::to_string(problem.m);
+  return {};
 }
 
 std::string tile_text(int tile) {
@@ -284,7 +306,18 @@ Plan plan(const Problem& problem, const Device& device) {
   return chosen->plan;
 }
 
-Plan plan_with_tile(const Problem& problem, const Device& device, int tile, int splits) {
+Plan plan_low_rank(const Problem& problem, const Device& device, int64_t rank) {
+  const Plan plain = plan(problem, device);
+  if (!why_no_low_rank(problem, rank).empty()) return plain;
+  const std::vector<Candidate> all = candidates(problem, device, static_cast<int>(rank));
+  const Candidate* chosen = best(all);
+  // Another kernel may multiply faster, but not by what two products cost beside it.
+  return chosen != nullptr && chosen->plan.predicted_us < plain.predicted_us + kProductsUs ? chosen->plan : plain;
+}
+
+namespace {
+
+Plan with_tile(const Problem& problem, const Device& device, int tile, int splits, int rank) {
   const std::string why = why_unsupported(problem, device);
   if (!why.empty()) throw std::invalid_argument(why);
   if (tile < 0 || tile >= kNumTiles) {
@@ -299,10 +332,10 @@ Plan plan_with_tile(const Problem& problem, const Device& device, int tile, int 
     throw std::invalid_argument("splits: expected 0 or more, got " + std::to_string(splits) +
                                 ": only the wgmma.sp kernel does stream-K");
   }
-  Candidate chosen = build(problem, device, tile, splits == 0 ? 1 : splits);
+  Candidate chosen = build(problem, device, tile, splits == 0 ? 1 : splits, rank);
   for (int s : splits_of(tile)) {
     if (splits != 0) break;
-    Candidate c = build(problem, device, tile, s);
+    Candidate c = build(problem, device, tile, s, rank);
     const bool better = !chosen.rejected.empty() || c.plan.predicted_us < chosen.plan.predicted_us;
     if (c.rejected.empty() && better) chosen = c;
   }
@@ -310,6 +343,18 @@ Plan plan_with_tile(const Problem& problem, const Device& device, int tile, int 
     throw std::invalid_argument("tile " + std::to_string(tile) + " (" + tile_text(tile) + "): " + chosen.rejected);
   }
   return chosen.plan;
+}
+
+}  // namespace
+
+Plan plan_with_tile(const Problem& problem, const Device& device, int tile, int splits) {
+  return with_tile(problem, device, tile, splits, 0);
+}
+
+Plan plan_low_rank_with_tile(const Problem& problem, const Device& device, int64_t rank, int tile, int splits) {
+  const std::string why = why_no_low_rank(problem, rank);
+  if (!why.empty()) throw std::invalid_argument("low-rank correction: " + why);
+  return with_tile(problem, device, tile, splits, static_cast<int>(rank));
 }
 
 std::string explain(const Problem& problem, const Device& device) {

@@ -26,6 +26,8 @@ struct Plan {
   int splits = 1;
   int num_stages = 0;           // depth of the shared-memory ring
   int64_t grid = 0;             // blocks
+  int rank = 0;                 // of the low-rank correction that the launch adds (plan/low_rank.h), or 0
+  int lead = 0;                 // blocks of the grid that compute its projection
   int threads = 0;              // a block
   int smem_bytes = 0;           // dynamic, a block
   int64_t workspace_bytes = 0;  // device memory the launch needs beside its tensors (plan/workspace.h)
@@ -42,6 +44,11 @@ std::string why_unsupported(const Problem& problem, const Device& device);
 Plan plan(const Problem& problem, const Device& device);
 // The best plan with the tile (and the split, unless 0) given: for tests and for tuning. Throws where the two do not fit.
 Plan plan_with_tile(const Problem& problem, const Device& device, int tile, int splits);
+// The best plan that multiplies and adds a low-rank correction in one launch; where there is none (many tokens, a large rank, a GPU or
+// a k that the decode kernel does not take), plan()'s, whose rank is 0: the correction is then left to two dense products.
+Plan plan_low_rank(const Problem& problem, const Device& device, int64_t rank);
+// With the tile (and the split, when > 0) given, as plan_with_tile; with a correction in any case.
+Plan plan_low_rank_with_tile(const Problem& problem, const Device& device, int64_t rank, int tile, int splits);
 // A readable account of the choice: every candidate with its predicted time or the reason it was rejected.
 std::string explain(const Problem& problem, const Device& device);
 

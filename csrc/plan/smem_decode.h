@@ -6,10 +6,13 @@
 //   weights   [warp][stage][column tile of a turn] of { slices of packed weights }
 //   exchange  [warp along k][token of 8][block_n + padding] float32: the sums
 //   received  [split][vector that the block owns] float32: where splits > 1, the blocks' sums
-//   barriers  weights full [warp][stage], then chunk full [chunk], then chunk empty [chunk], then received
+//   up        [block_n][rank]: where there is a low-rank correction (plan/low_rank.h), its factor
+//   projected [token][rank + padding] float32, the same: all tokens of the problem
+//   barriers  weights full [warp][stage], then chunk full [chunk], then chunk empty [chunk], then received, up full, projected full
 #pragma once
 #include <algorithm>
 
+#include "plan/low_rank.h"
 #include "plan/scale_mode.h"
 #include "plan/smem_sm90.h"
 #include "plan/tiles_decode.h"
@@ -50,6 +53,10 @@ struct SmemDecode {
   int chunk_full;
   int chunk_empty;
   int received_full;
+  int up;  // where there is a low-rank correction
+  int projected;
+  int up_full;
+  int projected_full;
   int size;  // with room to align the start
 };
 
@@ -60,7 +67,8 @@ constexpr int owned_vectors(const TileDecode& t, int rows, int splits, int rank 
   return (rows * t.block_n() / kVectorFeatures - rank + splits - 1) / splits;
 }
 
-constexpr SmemDecode smem_decode(const TileDecode& t, const Problem& p, int splits, int stages, int chunks) {
+constexpr SmemDecode smem_decode(const TileDecode& t, const Problem& p, int splits, int stages, int chunks,
+                                 int rank = 0) {
   SmemDecode s{};
   s.rows = static_cast<int>(std::min<int64_t>(p.m, t.block_m));
   const int acts = t.warps_k * kHalves * s.rows * kSwizzleRowBytes;
@@ -74,27 +82,33 @@ constexpr SmemDecode smem_decode(const TileDecode& t, const Problem& p, int spli
   s.exchange = s.weights + t.warps() * stages * stage_bytes(t, p.num_bits);
   const int sums = t.warps_k * std::min(s.rows, kMmaTokens) * (t.block_n() + kEpiloguePad);
   s.received = s.exchange + sums * static_cast<int>(sizeof(float));
-  s.weights_full = s.received + (splits > 1 ? splits * owned_vectors(t, s.rows, splits) * kVectorBytes : 0);
+  s.up = s.received + (splits > 1 ? splits * owned_vectors(t, s.rows, splits) * kVectorBytes : 0);
+  s.projected = s.up + t.block_n() * rank * kActBytes;
+  s.weights_full =
+      s.projected + (rank > 0 ? static_cast<int>(p.m) * projected_pitch(rank) * static_cast<int>(sizeof(float)) : 0);
   s.chunk_full = s.weights_full + t.warps() * stages * kBarrierBytes;
   s.chunk_empty = s.chunk_full + chunks * kBarrierBytes;
   s.received_full = s.chunk_empty + chunks * kBarrierBytes;
-  s.size = s.received_full + kBarrierBytes + kSwizzleAlign;
+  s.up_full = s.received_full + kBarrierBytes;
+  s.projected_full = s.up_full + kBarrierBytes;
+  s.size = (rank > 0 ? s.projected_full : s.received_full) + kBarrierBytes + kSwizzleAlign;
   return s;
 }
 
 // The layout that fits `room` bytes: the rings of weights and of chunks hold the same number of turns, as many as a warp has use for;
 // then as many stages more as there is room for. stages == 0 where nothing fits.
-constexpr SmemDecode fitting_smem_decode(const TileDecode& t, const Problem& p, int splits, bool walks, int room) {
+constexpr SmemDecode fitting_smem_decode(const TileDecode& t, const Problem& p, int splits, bool walks, int room,
+                                         int rank = 0) {
   const int needed = turns(t, p.k, splits);
   const int most = walks ? kMaxStagesDecode : std::clamp(needed, kMinStagesDecode, kMaxStagesDecode);
   for (int depth = most; depth >= kMinStagesDecode; --depth) {
     const int chunks = depth * t.turn_cols;
-    if (smem_decode(t, p, splits, depth, chunks).size > room) continue;
+    if (smem_decode(t, p, splits, depth, chunks, rank).size > room) continue;
     int stages = depth;
-    while (stages < most && smem_decode(t, p, splits, stages + 1, chunks).size <= room) ++stages;
-    return smem_decode(t, p, splits, stages, chunks);
+    while (stages < most && smem_decode(t, p, splits, stages + 1, chunks, rank).size <= room) ++stages;
+    return smem_decode(t, p, splits, stages, chunks, rank);
   }
-  const SmemDecode least = smem_decode(t, p, splits, kMinStagesDecode, t.turn_cols + 1);
+  const SmemDecode least = smem_decode(t, p, splits, kMinStagesDecode, t.turn_cols + 1, rank);
   return least.size <= room ? least : SmemDecode{};
 }
 
@@ -103,9 +117,10 @@ constexpr int64_t tiles_decode(const Problem& p, const TileDecode& t) {
   return ((p.m + t.block_m - 1) / t.block_m) * ((p.n + t.block_n() - 1) / t.block_n());
 }
 // The layout a plan uses.
-constexpr SmemDecode decode_layout(const Problem& p, const TileDecode& t, int splits, int num_sms, int smem_per_sm) {
+constexpr SmemDecode decode_layout(const Problem& p, const TileDecode& t, int splits, int num_sms, int smem_per_sm,
+                                   int rank = 0) {
   const bool walks = tiles_decode(p, t) * splits > int64_t{num_sms} * t.blocks;
-  return fitting_smem_decode(t, p, splits, walks, smem_per_sm / t.blocks - kSmemPerBlock);
+  return fitting_smem_decode(t, p, splits, walks, smem_per_sm / t.blocks - kSmemPerBlock, rank);
 }
 
 }  // namespace sparse_marlin

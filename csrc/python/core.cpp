@@ -166,6 +166,8 @@ void bind_structs(py::module_& m) {
       .def_readonly("splits", &Plan::splits)
       .def_readonly("num_stages", &Plan::num_stages)
       .def_readonly("grid", &Plan::grid)
+      .def_readonly("rank", &Plan::rank)
+      .def_readonly("lead", &Plan::lead)
       .def_readonly("threads", &Plan::threads)
       .def_readonly("smem_bytes", &Plan::smem_bytes)
       .def_readonly("workspace_bytes", &Plan::workspace_bytes)
@@ -188,6 +190,10 @@ void bind_planner(py::module_& m) {
   m.def("effort", &effort, py::arg("problem"), py::arg("device"), py::arg("plan"));
   m.def("plan_with_tile", &plan_with_tile, py::arg("problem"), py::arg("device"), py::arg("tile"),
         py::arg("splits") = 0);
+  m.def("plan_low_rank", &plan_low_rank, py::arg("problem"), py::arg("device"), py::arg("rank"),
+        "The best plan with a low-rank correction in the same launch; where there is none, plan()'s, of rank 0.");
+  m.def("plan_low_rank_with_tile", &plan_low_rank_with_tile, py::arg("problem"), py::arg("device"), py::arg("rank"),
+        py::arg("tile"), py::arg("splits") = 0);
   m.def("explain", &explain, py::arg("problem"), py::arg("device"),
         "Every candidate, with its predicted time or why it was rejected.");
   m.def("why_unsupported", &why_unsupported, py::arg("problem"), py::arg("device"),

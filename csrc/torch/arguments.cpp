@@ -74,10 +74,10 @@ void expect_no_fault(const char* op, const PackStatus& status, int num_bits, con
 }  // namespace
 
 GemmCall gemm_call(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, int64_t group_size,
-                   int64_t num_bits, const std::optional<Tensor>& bias) {
-  const Arg acts{kGemmOp, "a", a}, weight{kGemmOp, "weight_packed", weight_packed}, scale{kGemmOp, "scales", scales};
-  expect_num_bits(kGemmOp, num_bits);
-  expect_group_size(kGemmOp, group_size);
+                   int64_t num_bits, const std::optional<Tensor>& bias, const char* op) {
+  const Arg acts{op, "a", a}, weight{op, "weight_packed", weight_packed}, scale{op, "scales", scales};
+  expect_num_bits(op, num_bits);
+  expect_group_size(op, group_size);
   for (const Arg* arg : {&acts, &weight, &scale}) expect_tensor(*arg);
   expect_acts(acts);
   expect_device_of(weight, acts);
@@ -89,18 +89,18 @@ GemmCall gemm_call(const Tensor& a, const Tensor& weight_packed, const Tensor& s
 
   const auto shape = a.sizes();
   const int64_t k = a.size(a.dim() - 1), n = scales.size(1);
-  expect_in_features(kGemmOp, "a", k);
-  expect_out_features(kGemmOp, "scales", n);
+  expect_in_features(op, "a", k);
+  expect_out_features(op, "scales", n);
   expect_weight_shape(weight, n, k, num_bits);
   expect_scales_shape(scale, n, k, group_size);
   if (bias) {
-    const Arg offset{kGemmOp, "bias", *bias};
+    const Arg offset{op, "bias", *bias};
     expect_device_of(offset, acts);
     expect_dtype_of(offset, acts);
     expect_shape(offset, {n}, [] { return "(one value an out feature)"; });
   }
   const int64_t m = a.numel() / k;
-  if (m > kMaxTokens) fail(kGemmOp, "a", "at most " + std::to_string(kMaxTokens) + " tokens (M)", std::to_string(m));
+  if (m > kMaxTokens) fail(op, "a", "at most " + std::to_string(kMaxTokens) + " tokens (M)", std::to_string(m));
 
   std::vector<int64_t> out_shape(shape.begin(), shape.end());
   out_shape.back() = n;
@@ -119,6 +119,28 @@ GemmCall gemm_call(const Tensor& a, const Tensor& weight_packed, const Tensor& s
                  bias ? call.bias->const_data_ptr() : nullptr,
                  call.out.mutable_data_ptr(),
                  nullptr};
+  return call;
+}
+
+LowRankCall low_rank_call(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, const Tensor& down,
+                          const Tensor& up, int64_t group_size, int64_t num_bits, const std::optional<Tensor>& bias) {
+  const Arg acts{kLowRankOp, "a", a}, first{kLowRankOp, "down", down}, second{kLowRankOp, "up", up};
+  LowRankCall call{gemm_call(a, weight_packed, scales, group_size, num_bits, bias, kLowRankOp), down, up};
+  for (const Arg* arg : {&first, &second}) {
+    expect_tensor(*arg);
+    expect_device_of(*arg, acts);
+    expect_dtype_of(*arg, acts);
+  }
+  const int64_t n = call.gemm.problem.n, k = call.gemm.problem.k;
+  expect_dims(first, 2, "[rank, K]");
+  const int64_t rank = down.size(0);
+  expect_shape(first, {rank, k}, [=] { return "(rank, K) for K=" + std::to_string(k); });
+  if (rank < 1) fail(kLowRankOp, "down", "a rank (first dimension) of at least 1", std::to_string(rank));
+  expect_shape(second, {n, rank}, [=] {
+    return "(N, rank) for N=" + std::to_string(n) + " and the rank of down, " + std::to_string(rank);
+  });
+  call.down = dense_aligned(down);
+  call.up = dense_aligned(up);
   return call;
 }
 

@@ -13,6 +13,7 @@ namespace sparse_marlin {
 inline constexpr char kPackOp[] = "pack_24_weights";
 inline constexpr char kUnpackOp[] = "unpack_24_weights";
 inline constexpr char kGemmOp[] = "sparse_marlin_gemm";
+inline constexpr char kLowRankOp[] = "sparse_marlin_gemm_low_rank";
 inline constexpr char kImportOp[] = "import_marlin_24";
 inline constexpr char kExportOp[] = "export_marlin_24";
 
@@ -25,6 +26,11 @@ struct GemmCall {
   PackedRows weights;
   Tensor scales;
   std::optional<Tensor> bias;
+};
+struct LowRankCall {
+  GemmCall gemm;
+  Tensor down;
+  Tensor up;
 };
 struct PackCall {
   PackParams params;
@@ -53,7 +59,9 @@ struct ExportCall {
 
 // Shapes as in the operators' schemas. The outputs are allocated on the device of the first tensor.
 GemmCall gemm_call(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, int64_t group_size,
-                   int64_t num_bits, const std::optional<Tensor>& bias);
+                   int64_t num_bits, const std::optional<Tensor>& bias, const char* op = kGemmOp);
+LowRankCall low_rank_call(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, const Tensor& down,
+                          const Tensor& up, int64_t group_size, int64_t num_bits, const std::optional<Tensor>& bias);
 PackCall pack_call(const Tensor& weight, const Tensor& scales, int64_t group_size, int64_t num_bits);
 UnpackCall unpack_call(const Tensor& weight_packed, int64_t size_n, int64_t size_k, int64_t num_bits);
 ImportCall import_call(const Tensor& packed, const Tensor& meta, int64_t num_bits);

@@ -6,6 +6,7 @@
 
 #include "cpu/gemm_cpu.h"
 #include "torch/arguments.h"
+#include "torch/low_rank.h"
 
 namespace sparse_marlin {
 namespace {
@@ -33,6 +34,15 @@ Tensor gemm_cpu_op(const Tensor& a, const Tensor& weight_packed, const Tensor& s
   return call.out;
 }
 
+Tensor gemm_low_rank_cpu_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, const Tensor& down,
+                            const Tensor& up, int64_t group_size, int64_t num_bits, const std::optional<Tensor>& bias) {
+  const LowRankCall call = low_rank_call(a, weight_packed, scales, down, up, group_size, num_bits, bias);
+  if (call.gemm.problem.m == 0) return call.gemm.out;
+  gemm_cpu(call.gemm.problem, call.gemm.params, on_torch_threads);
+  add_products(call);
+  return call.gemm.out;
+}
+
 Tensor import_cpu_op(const Tensor& packed, const Tensor& meta, int64_t num_bits) {
   const ImportCall call = import_call(packed, meta, num_bits);
   expect_imported(import_marlin_24_cpu(call.params, on_torch_threads), call.params.num_bits);
@@ -57,6 +67,10 @@ STABLE_TORCH_LIBRARY(sparse_marlin, m) {
   m.def(
       "sparse_marlin_gemm(Tensor a, Tensor weight_packed, Tensor scales, int group_size=128, int num_bits=4, "
       "Tensor? bias=None) -> Tensor");
+  // The same plus a low-rank correction, (a @ down^T) @ up^T; down [rank, K], up [N, rank].
+  m.def(
+      "sparse_marlin_gemm_low_rank(Tensor a, Tensor weight_packed, Tensor scales, Tensor down, Tensor up, "
+      "int group_size=128, int num_bits=4, Tensor? bias=None) -> Tensor");
   // Checkpoints of the old format "marlin-24" (csrc/legacy).
   m.def("import_marlin_24(Tensor packed, Tensor meta, int num_bits=4) -> Tensor");
   m.def("export_marlin_24(Tensor weight_packed, int size_n, int size_k, int num_bits=4) -> (Tensor, Tensor)");
@@ -66,6 +80,10 @@ STABLE_TORCH_LIBRARY(sparse_marlin, m) {
       "_sparse_marlin_gemm_tile(Tensor a, Tensor weight_packed, Tensor scales, int group_size, int num_bits, Tensor? "
       "bias, "
       "int tile, int splits, bool dependent=True) -> Tensor");
+  // The correction in the launch of a tile, or by two products (tile < 0).
+  m.def(
+      "_sparse_marlin_gemm_low_rank_by(Tensor a, Tensor weight_packed, Tensor scales, Tensor down, Tensor up, "
+      "int group_size, int num_bits, Tensor? bias, int tile, int splits, bool dependent=True) -> Tensor");
   m.def("_cpu_isa() -> str");
 }
 
@@ -73,6 +91,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_marlin, CPU, m) {
   m.impl("pack_24_weights", TORCH_BOX(&sparse_marlin::pack_cpu_op));
   m.impl("unpack_24_weights", TORCH_BOX(&sparse_marlin::unpack_cpu_op));
   m.impl("sparse_marlin_gemm", TORCH_BOX(&sparse_marlin::gemm_cpu_op));
+  m.impl("sparse_marlin_gemm_low_rank", TORCH_BOX(&sparse_marlin::gemm_low_rank_cpu_op));
   m.impl("import_marlin_24", TORCH_BOX(&sparse_marlin::import_cpu_op));
   m.impl("export_marlin_24", TORCH_BOX(&sparse_marlin::export_cpu_op));
 }

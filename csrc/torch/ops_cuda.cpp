@@ -10,6 +10,7 @@
 
 #include "launch/launch.h"
 #include "torch/arguments.h"
+#include "torch/low_rank.h"
 
 namespace sparse_marlin {
 namespace {
@@ -74,9 +75,10 @@ std::tuple<Tensor, Tensor> export_cuda_op(const Tensor& weight_packed, int64_t s
   return {call.codes, call.meta};
 }
 
-// `choose` makes the plan from the problem and the device.
+// `choose` makes the plan from the problem and the device. factors: for plans with a rank.
 template <class Choose>
-Tensor run_gemm(GemmCall call, int32_t device_index, const Choose& choose) {
+Tensor run_gemm(GemmCall call, int32_t device_index, const Choose& choose, const char* op = kGemmOp,
+                const LowRankFactors& factors = {}) {
   Plan plan;
   try {
     const Device& device = device_properties(device_index);
@@ -86,7 +88,7 @@ Tensor run_gemm(GemmCall call, int32_t device_index, const Choose& choose) {
     if (call.problem.m == 0) return call.out;
     plan = choose(call.problem, device);
   } catch (const std::exception& error) {
-    throw std::runtime_error(std::string(kGemmOp) + ": a: " + error.what());
+    throw std::runtime_error(std::string(op) + ": a: " + error.what());
   }
   std::optional<Tensor> workspace;
   if (plan.workspace_bytes > 0) {
@@ -95,20 +97,22 @@ Tensor run_gemm(GemmCall call, int32_t device_index, const Choose& choose) {
     workspace = device_buffer(call.out, floats, ScalarType::Float);
     call.params.workspace = workspace->mutable_data_ptr();
   }
-  expect_no_error(kGemmOp, launch(call.problem, plan, call.params, current_stream(call.out)));
+  expect_no_error(op, launch(call.problem, plan, call.params, current_stream(call.out), factors));
   return call.out;
 }
 
 // Planning takes tens of microseconds, and a decoding loop asks for the same few problems again and again.
-Plan remembered_plan(const Problem& problem, const Device& device, int32_t device_index) {
-  using Key = std::tuple<int32_t, int64_t, int64_t, int64_t, int, int, DType>;
+// rank > 0: with a low-rank correction.
+Plan remembered_plan(const Problem& problem, const Device& device, int32_t device_index, int64_t rank = 0) {
+  using Key = std::tuple<int32_t, int64_t, int64_t, int64_t, int, int, DType, int64_t>;
   constexpr size_t kMost = 4096;  // then start afresh: a prompt of every length would be remembered otherwise
   thread_local std::map<Key, Plan> plans;
-  const Key key{device_index, problem.m, problem.n, problem.k, problem.group_size, problem.num_bits, problem.dtype};
+  const Key key{device_index,       problem.m,        problem.n,     problem.k,
+                problem.group_size, problem.num_bits, problem.dtype, rank};
   const auto found = plans.find(key);
   if (found != plans.end()) return found->second;
   if (plans.size() >= kMost) plans.clear();
-  return plans.emplace(key, plan(problem, device)).first->second;
+  return plans.emplace(key, rank > 0 ? plan_low_rank(problem, device, rank) : plan(problem, device)).first->second;
 }
 
 Tensor gemm_cuda_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, int64_t group_size,
@@ -133,6 +137,45 @@ Tensor gemm_tile_cuda_op(const Tensor& a, const Tensor& weight_packed, const Ten
   });
 }
 
+// The multiplication with its correction: in one launch where the plan has a rank, otherwise two dense products follow.
+template <class Choose>
+Tensor run_low_rank(const LowRankCall& call, const Choose& choose) {
+  const DeviceGuard guard(call.gemm.out.get_device_index());
+  bool added = false;
+  run_gemm(call.gemm, call.gemm.out.get_device_index(),
+           [&](const Problem& problem, const Device& device) {
+             const Plan plan = choose(problem, device);
+             added = plan.rank > 0;
+             return plan;
+           },
+           kLowRankOp, {call.down.const_data_ptr(), call.up.const_data_ptr()});
+  if (!added && call.gemm.problem.m > 0) add_products(call);
+  return call.gemm.out;
+}
+
+Tensor gemm_low_rank_cuda_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, const Tensor& down,
+                             const Tensor& up, int64_t group_size, int64_t num_bits,
+                             const std::optional<Tensor>& bias) {
+  const LowRankCall call = low_rank_call(a, weight_packed, scales, down, up, group_size, num_bits, bias);
+  const int32_t index = call.gemm.out.get_device_index();
+  return run_low_rank(call, [&](const Problem& problem, const Device& device) {
+    return remembered_plan(problem, device, index, call.down.size(0));
+  });
+}
+
+Tensor gemm_low_rank_by_cuda_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, const Tensor& down,
+                                const Tensor& up, int64_t group_size, int64_t num_bits,
+                                const std::optional<Tensor>& bias, int64_t tile, int64_t splits, bool dependent) {
+  const LowRankCall call = low_rank_call(a, weight_packed, scales, down, up, group_size, num_bits, bias);
+  return run_low_rank(call, [&](const Problem& problem, const Device& device) {
+    Plan chosen = tile < 0 ? plan(problem, device)
+                           : plan_low_rank_with_tile(problem, device, call.down.size(0), static_cast<int>(tile),
+                                                     static_cast<int>(splits));
+    chosen.dependent = dependent;
+    return chosen;
+  });
+}
+
 }  // namespace
 }  // namespace sparse_marlin
 
@@ -140,7 +183,9 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_marlin, CUDA, m) {
   m.impl("pack_24_weights", TORCH_BOX(&sparse_marlin::pack_cuda_op));
   m.impl("unpack_24_weights", TORCH_BOX(&sparse_marlin::unpack_cuda_op));
   m.impl("sparse_marlin_gemm", TORCH_BOX(&sparse_marlin::gemm_cuda_op));
+  m.impl("sparse_marlin_gemm_low_rank", TORCH_BOX(&sparse_marlin::gemm_low_rank_cuda_op));
   m.impl("import_marlin_24", TORCH_BOX(&sparse_marlin::import_cuda_op));
   m.impl("export_marlin_24", TORCH_BOX(&sparse_marlin::export_cuda_op));
   m.impl("_sparse_marlin_gemm_tile", TORCH_BOX(&sparse_marlin::gemm_tile_cuda_op));
+  m.impl("_sparse_marlin_gemm_low_rank_by", TORCH_BOX(&sparse_marlin::gemm_low_rank_by_cuda_op));
 }

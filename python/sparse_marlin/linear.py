@@ -100,14 +100,14 @@ class SparseMarlinLinear(nn.Module):
             raise ValueError(
                 f"SparseMarlinLinear: x: expected [..., {self.in_features}] (in_features), got {list(x.shape)}"
             )
-        out = torch.ops.sparse_marlin.sparse_marlin_gemm(
-            x, self.weight_packed, self.scales, self.group_size, self.num_bits, self.bias
-        )
         up, down = self.correction_up, self.correction_down
         if up is not None and down is not None:
-            low = torch.nn.functional.linear(x, down).reshape(-1, self.rank)
-            out.view(-1, self.out_features).addmm_(low.to(out.dtype), up.to(out.dtype).t())  # in place: no copy of out
-        return out
+            return torch.ops.sparse_marlin.sparse_marlin_gemm_low_rank(
+                x, self.weight_packed, self.scales, down, up, self.group_size, self.num_bits, self.bias
+            )
+        return torch.ops.sparse_marlin.sparse_marlin_gemm(
+            x, self.weight_packed, self.scales, self.group_size, self.num_bits, self.bias
+        )
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, group_size: int = 128, num_bits: int = 4) -> "SparseMarlinLinear":

@@ -1,4 +1,4 @@
-"""The three operators with types and documentation, and their fake kernels, gradient and autocast rule.
+"""The operators with types and documentation, and their fake kernels, gradient and autocast rule.
 
 The operators themselves are C++ (`torch.ops.sparse_marlin`). Notation: M tokens, N out features, K in features, G
 groups along K.
@@ -13,7 +13,13 @@ from torch.autograd import forward_ad
 
 from ._extension import _core
 
-__all__ = ["dequantize_24", "pack_24_weights", "sparse_marlin_gemm", "unpack_24_weights"]
+__all__ = [
+    "dequantize_24",
+    "pack_24_weights",
+    "sparse_marlin_gemm",
+    "sparse_marlin_gemm_low_rank",
+    "unpack_24_weights",
+]
 
 _ops = torch.ops.sparse_marlin
 
@@ -77,6 +83,39 @@ def sparse_marlin_gemm(
     return _ops.sparse_marlin_gemm(a, weight_packed, scales, group_size, num_bits, bias)
 
 
+def sparse_marlin_gemm_low_rank(
+    a: Tensor,
+    weight_packed: Tensor,
+    scales: Tensor,
+    down: Tensor,
+    up: Tensor,
+    group_size: int = 128,
+    num_bits: int = 4,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`sparse_marlin_gemm` plus a low-rank correction: `a @ weight.T + bias + (a @ down.T) @ up.T`.
+
+    On a GPU of compute capability 9.0, up to 16 tokens, with K a multiple of 64 and a rank of at most 128 both are one
+    launch: float32 throughout, rounded once, bitwise the same from run to run. Elsewhere two dense products follow the
+    multiplication, and `a @ down.T` and the multiplication are rounded, too.
+
+    `down` and `up` are read like the packed weight, possibly before the kernel before has finished: they must not be
+    the output of a kernel that signals its successor early (torch's do not).
+
+    Args:
+        down: `[rank, K]`, dtype of `a`.
+        up: `[N, rank]`, dtype of `a`.
+        others: as those of `sparse_marlin_gemm`.
+
+    Returns:
+        `[..., N]`, dtype and device of `a`. Differentiable with respect to `a`, `bias`, `down` and `up`.
+
+    Raises:
+        RuntimeError: as `sparse_marlin_gemm`; wrong dtype, shape or device of `down` or `up`.
+    """
+    return _ops.sparse_marlin_gemm_low_rank(a, weight_packed, scales, down, up, group_size, num_bits, bias)
+
+
 def dequantize_24(
     weight_packed: Tensor, scales: Tensor, size_k: int, group_size: int = 128, num_bits: int = 4
 ) -> Tensor:
@@ -100,10 +139,24 @@ def _(weight_packed: Tensor, size_n: int, size_k: int, num_bits: int = 4) -> Ten
     return weight_packed.new_empty((size_n, size_k), dtype=torch.int8)
 
 
-def _gemm_shape(a: Tensor, scales: Tensor) -> tuple[int, ...]:
-    torch._check(a.dim() >= 1, lambda: "sparse_marlin_gemm: a: expected [..., K], got a scalar")
-    torch._check(scales.dim() == 2, lambda: f"sparse_marlin_gemm: scales: expected [G, N], got {list(scales.shape)}")
+def _gemm_shape(a: Tensor, scales: Tensor, op: str = "sparse_marlin_gemm") -> tuple[int, ...]:
+    torch._check(a.dim() >= 1, lambda: f"{op}: a: expected [..., K], got a scalar")
+    torch._check(scales.dim() == 2, lambda: f"{op}: scales: expected [G, N], got {list(scales.shape)}")
     return (*a.shape[:-1], scales.shape[1])
+
+
+def _low_rank_shape(a: Tensor, scales: Tensor, down: Tensor, up: Tensor) -> tuple[int, ...]:
+    op = "sparse_marlin_gemm_low_rank"
+    shape = _gemm_shape(a, scales, op)
+    torch._check(
+        down.dim() == 2 and down.shape[1] == a.shape[-1],
+        lambda: f"{op}: down: expected [rank, {a.shape[-1]}], got {list(down.shape)}",
+    )
+    torch._check(
+        up.dim() == 2 and up.shape[0] == shape[-1] and up.shape[1] == down.shape[0],
+        lambda: f"{op}: up: expected [{shape[-1]}, {down.shape[0]}], got {list(up.shape)}",
+    )
+    return shape
 
 
 @torch.library.register_fake("sparse_marlin::sparse_marlin_gemm")
@@ -131,6 +184,37 @@ def _(
     dependent: bool = True,
 ) -> Tensor:
     return a.new_empty(_gemm_shape(a, scales))
+
+
+@torch.library.register_fake("sparse_marlin::sparse_marlin_gemm_low_rank")
+def _(
+    a: Tensor,
+    weight_packed: Tensor,
+    scales: Tensor,
+    down: Tensor,
+    up: Tensor,
+    group_size: int = 128,
+    num_bits: int = 4,
+    bias: Tensor | None = None,
+) -> Tensor:
+    return a.new_empty(_low_rank_shape(a, scales, down, up))
+
+
+@torch.library.register_fake("sparse_marlin::_sparse_marlin_gemm_low_rank_by")
+def _(
+    a: Tensor,
+    weight_packed: Tensor,
+    scales: Tensor,
+    down: Tensor,
+    up: Tensor,
+    group_size: int,
+    num_bits: int,
+    bias: Tensor | None,
+    tile: int,
+    splits: int,
+    dependent: bool = True,
+) -> Tensor:
+    return a.new_empty(_low_rank_shape(a, scales, down, up))
 
 
 @torch.library.register_fake("sparse_marlin::import_marlin_24")
@@ -214,34 +298,55 @@ def _autograd_kernel(
 
 _library.impl("sparse_marlin_gemm", _autograd_kernel, "Autograd", with_keyset=True)
 
+_low_rank = _ops.sparse_marlin_gemm_low_rank.default
+
+
+def _low_rank_autograd_kernel(
+    keyset: Any,
+    a: Tensor,
+    weight_packed: Tensor,
+    scales: Tensor,
+    down: Tensor,
+    up: Tensor,
+    group_size: int = 128,
+    num_bits: int = 4,
+    bias: Tensor | None = None,
+) -> Tensor:
+    needs_grad = any(t is not None and t.requires_grad for t in (a, bias, down, up))
+    if (torch.is_grad_enabled() and needs_grad) or forward_ad._current_level >= 0:
+        # The sum of operators that have gradients.
+        shape = _low_rank_shape(a, scales, down, up)
+        out = _ops.sparse_marlin_gemm(a, weight_packed, scales, group_size, num_bits, bias)
+        low = torch.nn.functional.linear(a, down).reshape(-1, down.shape[0])
+        return torch.addmm(out.reshape(-1, shape[-1]), low, up.t()).reshape(shape)
+    return _low_rank.redispatch(
+        keyset & _after_autograd, a, weight_packed, scales, down, up, group_size, num_bits, bias
+    )
+
+
+_library.impl("sparse_marlin_gemm_low_rank", _low_rank_autograd_kernel, "Autograd", with_keyset=True)
+
 
 # --- autocast ---------------------------------------------------------------------------------------------------------
 # torch.library.register_autocast fixes the dtype at registration; F.linear follows the autocast region's, and so do we.
 
 
-def _autocast_kernel(device_type: str, key: str) -> None:
+def _autocast_kernel(name: str, device_type: str, key: str) -> None:
+    op = getattr(_ops, name)
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if tensor is not None and eligible else tensor
+    def cast(argument: Any, dtype: torch.dtype) -> Any:
+        eligible = isinstance(argument, Tensor) and argument.is_floating_point() and argument.dtype != torch.float64
+        return argument.to(dtype) if eligible else argument
 
-    def kernel(
-        a: Tensor,
-        weight_packed: Tensor,
-        scales: Tensor,
-        group_size: int = 128,
-        num_bits: int = 4,
-        bias: Tensor | None = None,
-    ) -> Tensor:
+    def kernel(*arguments: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return _ops.sparse_marlin_gemm(
-                cast(a, dtype), weight_packed, cast(scales, dtype), group_size, num_bits, cast(bias, dtype)
-            )
+            return op(*(cast(argument, dtype) for argument in arguments))
 
-    _library.impl("sparse_marlin_gemm", kernel, key)
+    _library.impl(name, kernel, key)
 
 
-_autocast_kernel("cpu", "AutocastCPU")
-_autocast_kernel("cuda", "AutocastCUDA")
+for _name in ("sparse_marlin_gemm", "sparse_marlin_gemm_low_rank"):
+    _autocast_kernel(_name, "cpu", "AutocastCPU")
+    _autocast_kernel(_name, "cuda", "AutocastCUDA")

@@ -7,12 +7,21 @@ from torch import Tensor
 
 from .generate import dequantized
 
+Correction = tuple[Tensor, Tensor]  # low-rank: (up [N, rank], down [rank, K])
 
-def reference(a: Tensor, codes: Tensor, scales: Tensor, group_size: int, bias: Tensor | None = None) -> Tensor:
-    """float64 `a @ weight.T + bias` on the CPU, from the codes and the scales as they are stored."""
+
+def reference(
+    a: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    group_size: int,
+    bias: Tensor | None = None,
+    correction: Correction | None = None,
+) -> Tensor:
+    """float64 `a @ weight.T + bias + (a @ down.T) @ up.T` on the CPU, from codes and scales as they are stored."""
     weight = dequantized(codes.cpu(), scales.cpu(), group_size, torch.float64)
-    out = a.detach().cpu().double() @ weight.t()
-    return out if bias is None else out + bias.detach().cpu().double()
+    up_down = None if correction is None else (_wide(correction[0]), _wide(correction[1]))
+    return _affine(_wide(a), weight, None if bias is None else _wide(bias), up_down)
 
 
 @dataclass(frozen=True)
@@ -42,11 +51,13 @@ def acceptance(
     scales: Tensor,
     group_size: int,
     bias: Tensor | None = None,
+    correction: Correction | None = None,
 ) -> Verdict:
     """Judge `got` against the float64 reference; no element may hide behind the others.
 
     With ref the float64 result, s = |a| @ |weight|.T + |bias| in float64 (what rounding errors scale with) and
-    base = `a @ dequantized_weight.T + bias` computed by torch in the dtype and on the device of `a`:
+    base = `a @ dequantized_weight.T + bias` computed by torch in the dtype and on the device of `a` (with a low-rank
+    correction: s plus |a| @ |down|.T @ |up|.T, base plus both products):
 
     * NaN, +Inf and -Inf must stand exactly where the reference, rounded to the dtype, has them;
     * every element's |got - ref| must be at most 2 * s * max(|base - ref| / s) + floor, with the maximum over all
@@ -55,7 +66,7 @@ def acceptance(
       smallest normal number. A mean is nowhere.
     """
     dtype = got.dtype
-    ref = reference(a, codes, scales, group_size, bias)
+    ref = reference(a, codes, scales, group_size, bias, correction)
     if got.shape != ref.shape:
         return Verdict(False, float("inf"), 0, (), 0, 0, f"shape {list(got.shape)}, expected {list(ref.shape)}")
     if got.numel() == 0:
@@ -66,12 +77,11 @@ def acceptance(
     if special is not None:
         return special
     weight = dequantized(codes.cpu(), scales.cpu(), group_size, torch.float64)
-    s = a.detach().cpu().double().abs() @ weight.abs().t()
-    if bias is not None:
-        s = s + bias.detach().cpu().double().abs()
+    up_down = None if correction is None else (_wide(correction[0]).abs(), _wide(correction[1]).abs())
+    s = _affine(_wide(a).abs(), weight.abs(), None if bias is None else _wide(bias).abs(), up_down)
     finite = rounded.isfinite()
     tiny = torch.finfo(dtype).tiny
-    base = _baseline(a, codes, scales, group_size, bias)
+    base = _baseline(a, codes, scales, group_size, bias, correction)
     base_error = ((base - ref).abs() / s.clamp_min(tiny))[finite & base.isfinite()]
     allowed = 2 * base_error.max().item() if base_error.numel() else 0.0
     limit = (allowed + torch.finfo(torch.float32).eps) * s + torch.finfo(dtype).eps / 2 * ref.abs() + tiny
@@ -96,9 +106,10 @@ def assert_accepted(
     group_size: int,
     bias: Tensor | None = None,
     what: str = "result",
+    correction: Correction | None = None,
 ) -> None:
     """Raise AssertionError with the worst coordinate unless `acceptance` accepts."""
-    verdict = acceptance(got, a, codes, scales, group_size, bias)
+    verdict = acceptance(got, a, codes, scales, group_size, bias, correction)
     if not verdict.accepted:
         raise AssertionError(f"{what}: {verdict}")
 
@@ -123,10 +134,25 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().view(size)
 
 
-def _baseline(a: Tensor, codes: Tensor, scales: Tensor, group_size: int, bias: Tensor | None) -> Tensor:
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().double()
+
+
+def _affine(a: Tensor, weight: Tensor, bias: Tensor | None, correction: Correction | None) -> Tensor:
+    out = a @ weight.t()
+    if bias is not None:
+        out = out + bias
+    if correction is not None:
+        up, down = correction
+        out = out + (a @ down.t()) @ up.t()
+    return out
+
+
+def _baseline(
+    a: Tensor, codes: Tensor, scales: Tensor, group_size: int, bias: Tensor | None, correction: Correction | None
+) -> Tensor:
     weight = dequantized(codes.to(a.device), scales.to(a.device), group_size, a.dtype)
-    out = a.detach() @ weight.t()
-    return (out if bias is None else out + bias.detach()).cpu().double()
+    return _wide(_affine(a.detach(), weight, bias, correction))
 
 
 def _special_values(result: Tensor, rounded: Tensor) -> Verdict | None:

@@ -1,0 +1,6 @@
+// The decode kernel for float16 activations and 8-bit codes, with a low-rank correction, all tiles.
+#include "launch/fill_table_decode.cuh"
+
+namespace sparse_marlin {
+const KernelTableDecode kKernelsDecodeLowRankF16Int8 = fill_table_decode<__half, 8, true>();
+}  // namespace sparse_marlin
