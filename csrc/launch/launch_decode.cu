@@ -53,7 +53,7 @@ uint64_t random_tag() {
 
 device::LowRankArgs low_rank_args(const Problem& problem, const Plan& plan, const device::KernelArgs& gemm,
                                   const LowRankFactors& factors) {
-  char* base = static_cast<char*>(gemm.params.workspace) + workspace(problem, 1).size;
+  char* base = static_cast<char*>(gemm.params.workspace) + workspace(problem, 0).size;
   device::LowRankArgs low{};
   low.down = factors.down;
   low.up = factors.up;
