@@ -26,17 +26,17 @@ SHAPES = [
     (3, 72, 192, 1, 32),
 ]
 # What the kernel leaves to the products: tokens, k, the rank.
-OTHERS = [(17, 72, 128, 8, 128), (3, 72, 132, 8, 32), (4, 72, 136, 12, 64), (2, 72, 128, 136, 64)]
-# For the kernel: ranks that fill no unit, one, several, two rows of packets; one row of `up` and rows that end nowhere
-# near 16 bytes; k less than what its warps take at once, and ragged; two tiles of tokens where a tile has 8.
+OTHERS = [(17, 72, 128, 8, 128), (3, 72, 132, 8, 32), (4, 72, 136, 16, 64), (2, 72, 128, 136, 64), (5, 72, 128, 12, 64)]
+# For the kernel: ranks of half a unit, one, several, more than a box of `up`; k less than what its warps take at once, and
+# ragged; one share of it and several; two tiles of tokens where a tile has 8.
 CASES = [
     (1, 64, 128, 64, 128),
-    (3, 203, 1088, 17, 32),
+    (3, 203, 1088, 24, 32),
     (4, 576, 576, 16, -1),
     (8, 2309, 2048, 64, 128),
-    (9, 65, 704, 1, 32),
+    (9, 65, 704, 8, 32),
     (16, 300, 4160, 128, 128),
-    (16, 130, 64, 23, -1),
+    (16, 130, 64, 72, -1),
 ]
 TILES = [i for i, tile in enumerate(_core.TILES) if tile.kernel == "decode"]
 SPLITS = (1, 2, 3, 5, 8)

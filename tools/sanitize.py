@@ -159,7 +159,7 @@ def low_rank_kernels() -> int:
     output tiles than blocks. The workspace, which it reads to see whether something has come, is filled before."""
     device = planner_device()
     launches = 0
-    sizes = ((3, 200, 320, 17), (11, 72, 640, 72), (9, 280 * 128 + 8, 192, 20))
+    sizes = ((3, 200, 320, 24), (11, 72, 640, 72), (9, 280 * 128 + 8, 192, 16))
     for (m, n, k, rank), dtype in product(sizes, (torch.float16, torch.bfloat16)):
         codes, scales = testing.random_codes(n, k), testing.random_scales(n, k, 64, dtype)
         packed = sparse_marlin.pack_24_weights(codes, scales, 64)

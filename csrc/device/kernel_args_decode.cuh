@@ -10,27 +10,30 @@ namespace sparse_marlin::device {
 // The low-rank correction (plan/low_rank.h).
 struct LowRankArgs {
   const void* down;   // [rank, k] row-major, contiguous, as the activations
-  const void* up;     // [n, rank] the same
-  void* packets;      // in the workspace
-  uint32_t* readers;  // blocks that have read them
-  uint64_t tag;       // of this launch's packets: random, not 0
+  float* sums;        // in the workspace: [share of k][token][rank + padding]
+  uint64_t* flags;    // of blocks that project: equal to the token once their sums are there
+  uint32_t* readers;  // blocks that have seen all flags
+  uint64_t token;     // of this launch
   int rank;
   int shares_log2;
-  int lead;  // blocks in front that project
+  int senders;  // blocks that project
+  int lead;     // the same in whole clusters
   int lead_clusters;
   int step;         // blocks that multiply
-  int num_readers;  // blocks that read
+  int num_readers;  // blocks that read the sums
 };
 
 struct KernelArgsDecode {
   KernelArgs gemm;
   CUtensorMap acts_map;    // [k / 64][m][64], box: the tokens and columns of a chunk
   CUtensorMap scales_map;  // [groups, n], box: groups of a chunk x block_n features; unset where channelwise
+  CUtensorMap up_map;      // [n, rank], box: block_n features x 64 ranks; unset without a correction
   SmemDecode smem;
   int tiles;        // output tiles
   int cols;         // 128-column tiles of k
   int turns;        // of a warp
   int col_step;     // column tiles that the warps along k of all splits take together
+  uint32_t zero;    // 0, which the compiler must not know (run in mainloop_decode.cuh)
   LowRankArgs low;  // for the kernels with a correction
 };
 

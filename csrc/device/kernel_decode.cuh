@@ -188,6 +188,7 @@ __global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(), kTilesDeco
   if (loads) {
     if (asks) ptx::prefetch_map(&args.acts_map);
     if (asks && Loader::kScaled) ptx::prefetch_map(&args.scales_map);
+    if (asks && kLowRank) ptx::prefetch_map(&args.up_map);
     loader.init_barriers(lane);
     if constexpr (kLowRank) {
       if (asks && LowRankPlaces<kTile, kMode>::corrects()) LowRankPlaces<kTile, kMode>{{args, smem}}.begin();
@@ -206,6 +207,7 @@ __global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(), kTilesDeco
       if (LowRankPlaces<kTile, kMode>::corrects()) {
         const LowRankReceiver<kTile, kMode> receiver{{{args, smem}}};
         receiver.run(loader, asked, asks, lane);
+        __syncwarp();
         if (asks) loader.run(asked);
         receiver.done(lane);
         return;

@@ -270,15 +270,18 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
   __device__ __forceinline__ int group_row(int step) const {
     return kMode == ScaleMode::kTiles ? 0 : step * format::kStepCols >> args.gemm.group_shift;
   }
-  // sums += the sums of a group times its scales, loaded while the MMAs of the group run; for `count` slices.
-  __device__ __forceinline__ void add_scaled(Sums& sums, const Sums& group, uint32_t scales, int step, int first,
-                                             int count) const {
+  // sums += the sums of a group times its scales, loaded while the MMAs of the group run; for `count` slices. Returns bits that depend
+  // on all loads.
+  __device__ __forceinline__ uint32_t add_scaled(Sums& sums, const Sums& group, uint32_t scales, int step, int first,
+                                                 int count) const {
+    uint32_t loaded = 0;
     const uint32_t from = scales + group_row(step) * kTile.block_n() * kActBytes;
 #pragma unroll
     for (int s = first; s < first + count; ++s) {
       const uint32_t at = from + s * format::kSliceRows * kActBytes;
-      const float a = Pair<Act>::to_float(ptx::load_shared_16(at));
-      const float b = Pair<Act>::to_float(ptx::load_shared_16(at + format::kHalfRows * kActBytes));
+      const uint32_t bits_a = ptx::load_shared_16(at), bits_b = ptx::load_shared_16(at + format::kHalfRows * kActBytes);
+      loaded |= bits_a | bits_b;
+      const float a = Pair<Act>::to_float(bits_a), b = Pair<Act>::to_float(bits_b);
 #pragma unroll
       for (int q = 0; q < kBlocks; ++q) {
         float(&to)[4] = sums.d[s][q].reg;
@@ -289,6 +292,7 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
         to[3] += b * from_group[3];
       }
     }
+    return loaded;
   }
   static __device__ __forceinline__ ptx::FragA dequantize(const uint4& v, int step) {
     if constexpr (kBits == 4) {
@@ -317,13 +321,15 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
     for (int s = 0; s < kSlices; ++s) t.meta[s] = ptx::load_shared_v2(from + places.meta + s * kSliceBytes);
   }
 
-  // sums += kTogether column tiles, whose weights begin at `weights` and whose activations and scales are in `chunks`.
-  __device__ __forceinline__ void multiply(Sums& sums, uint32_t weights, const uint32_t (&chunks)[kTogether],
-                                           const Places& places) const {
+  // sums += kTogether column tiles, whose weights begin at `weights` and whose activations and scales are in `chunks`. Returns bits that
+  // depend on the last loads from each chunk.
+  __device__ __forceinline__ uint32_t multiply(Sums& sums, uint32_t weights, const uint32_t (&chunks)[kTogether],
+                                               const Places& places) const {
     Tile tiles[kTogether];
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) load_tile(tiles[j], weights + j * kColBytes, places);
     Sums groups[kTogether] = {};  // where scales multiply them
+    uint32_t loaded = 0;
 #pragma unroll
     for (int step = 0; step < format::kSliceSteps; ++step) {
 #pragma unroll
@@ -335,7 +341,9 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
           // an odd step begins with piece 4 of 8: the swizzle keeps that bit apart
           const uint32_t at =
               places.tokens[step / kHalfSteps][q] ^ (step % kHalfSteps * (kSwizzleRowBytes / kHalfSteps));
-          return ptx::ldmatrix_x4(chunks[j] + at);
+          const ptx::FragB x = ptx::ldmatrix_x4(chunks[j] + at);
+          if (step == format::kSliceSteps - 1) loaded |= x.reg[0];
+          return x;
         };
         const auto mma = [&](const ptx::FragA& w, const ptx::FragB& x, int s, int q) {
           // here problem space becomes instruction space: weights are the sparse operand a, activations are b
@@ -351,7 +359,7 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
         constexpr int kPair = kSlices == 2 ? 2 : 1;  // as many as the registers hold
         const auto scale = [&](int s) {
           if (kScaled && kMode == ScaleMode::kSteps && s % kPair == kPair - 1)
-            add_scaled(sums, groups[j], chunks[j] + places.scales, step, s - s % kPair, kPair);
+            loaded |= add_scaled(sums, groups[j], chunks[j] + places.scales, step, s - s % kPair, kPair);
         };
         // whichever has fewer registers is kept
         if constexpr (kBlocks > kSlices) {
@@ -384,8 +392,11 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
     }
     if (kScaled && kMode == ScaleMode::kTiles) {
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) add_scaled(sums, groups[j], chunks[j] + places.scales, 0, 0, kSlices);
+      for (int j = 0; j < kTogether; ++j) {
+        loaded |= add_scaled(sums, groups[j], chunks[j] + places.scales, 0, 0, kSlices);
+      }
     }
+    return loaded;
   }
 
   // What a warp carries from tile to tile.
@@ -409,11 +420,13 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
           ptx::mbarrier_wait(state.chunk.barrier, state.chunk.parity);
           this->advance(state.chunk);
         }
-        multiply(sums, state.stage.at + j * kColBytes, chunks, places);
+        // An arrival may overtake a load that was issued before it, and the bytes be overwritten under the load: it waits for the
+        // load's value.
+        const uint32_t after = multiply(sums, state.stage.at + j * kColBytes, chunks, places) & args.zero;
         __syncwarp();
         if (ptx::elect_one()) {
 #pragma unroll
-          for (int i = 0; i < kTogether; ++i) ptx::mbarrier_arrive(empty[i]);
+          for (int i = 0; i < kTogether; ++i) ptx::mbarrier_arrive(empty[i] + after);
         }
       }
       // All loads from the stage have returned, since the MMAs that were issued above needed them.

@@ -380,8 +380,8 @@ struct ConsumerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
   }
 
   // This warp no longer reads the stage.
-  __device__ __forceinline__ void release(int stage) const {
-    if (lane.told != 0) ptx::mbarrier_arrive_remote(lane.told + stage * kBarrierBytes);
+  __device__ __forceinline__ void release(int stage, uint32_t zero = 0) const {
+    if (lane.told != 0) ptx::mbarrier_arrive_remote(lane.told + stage * kBarrierBytes + zero);
   }
 
   // sums = the product over the columns of `work`; `place` moves on by as many stages.

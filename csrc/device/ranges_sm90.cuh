@@ -59,18 +59,22 @@ struct RangesSm90 {
 #pragma unroll
         for (int b = 0; b < kTile.panels; ++b) {
           ptx::mbarrier_wait(consumer.full(place.stage), place.parity);
+          uint32_t loaded = 0;
           if (owner == consumer.warpgroup) {
-            add(sums[b], consumer.acts_at(place.stage) + threadIdx.x % kWarpgroupThreads * uint32_t{sizeof(float4)});
+            loaded = add(sums[b],
+                         consumer.acts_at(place.stage) + threadIdx.x % kWarpgroupThreads * uint32_t{sizeof(float4)});
             __syncwarp();
           }
-          consumer.release(place.stage);
+          consumer.release(place.stage, loaded & consumer.args.zero);  // not before the loads have returned
           place = place.next();
         }
       }
     });
   }
 
-  static __device__ __forceinline__ void add(float (&sums)[kTile.block_m / 2], uint32_t from) {
+  // Returns bits that depend on all loads.
+  static __device__ __forceinline__ uint32_t add(float (&sums)[kTile.block_m / 2], uint32_t from) {
+    uint32_t loaded = 0;
 #pragma unroll
     for (int i = 0; i < kPanelVectors; ++i) {
       const uint4 v = ptx::load_shared_v4(from + i * kVectorBytes);
@@ -79,7 +83,9 @@ struct RangesSm90 {
       to[1] += __uint_as_float(v.y);
       to[2] += __uint_as_float(v.z);
       to[3] += __uint_as_float(v.w);
+      loaded |= v.x;
     }
+    return loaded;
   }
 };
 

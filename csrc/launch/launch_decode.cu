@@ -3,11 +3,11 @@
 
 #include <array>
 #include <atomic>
-#include <random>
 
 #include "launch/dependent_launch.cuh"
 #include "launch/kernel_table_decode.h"
 #include "launch/launch.h"
+#include "launch/launch_token.h"
 #include "launch/tensor_map.h"
 #include "plan/low_rank.h"
 #include "plan/smem_decode.h"
@@ -20,10 +20,13 @@ namespace {
 constexpr int kMaxDevices = 64;
 constexpr int kTables = 8;
 
+CUtensorMapDataType act_type(const Problem& problem) {
+  return problem.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+}
+
 cudaError_t write_maps(device::KernelArgsDecode& args, const Problem& problem, const TileDecode& tile) {
   const device::KernelArgs& g = args.gemm;
-  const CUtensorMapDataType act =
-      problem.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUtensorMapDataType act = act_type(problem);
   // 64 columns of a token are one row of a swizzled box; one copy brings a chunk, [column / 64][token]
   const cudaError_t status = TensorMap<3>{act,
                                           g.params.acts,
@@ -41,27 +44,19 @@ cudaError_t write_maps(device::KernelArgsDecode& args, const Problem& problem, c
       .write(&args.scales_map);
 }
 
-// Not 0, and never the same as what memory happens to hold.
-uint64_t random_tag() {
-  thread_local std::mt19937_64 generator{[] {
-    std::random_device device;
-    std::seed_seq seed{device(), device(), device(), device()};
-    return std::mt19937_64{seed};
-  }()};
-  return generator() | 1;
-}
-
 device::LowRankArgs low_rank_args(const Problem& problem, const Plan& plan, const device::KernelArgs& gemm,
                                   const LowRankFactors& factors) {
   char* base = static_cast<char*>(gemm.params.workspace) + workspace(problem, 0).size;
+  const LowRankWorkspace places = low_rank_workspace(problem.m, problem.k, plan.rank);
   device::LowRankArgs low{};
   low.down = factors.down;
-  low.up = factors.up;
   low.readers = reinterpret_cast<uint32_t*>(base);
-  low.packets = base + kWorkspaceAlign;
-  low.tag = random_tag();
+  low.flags = reinterpret_cast<uint64_t*>(base + places.flags);
+  low.sums = reinterpret_cast<float*>(base + places.sums);
+  low.token = launch_token();
   low.rank = plan.rank;
-  low.shares_log2 = project_shares_log2(problem.m);
+  low.shares_log2 = project_shares_log2(problem.m, problem.k, plan.rank);
+  low.senders = project_blocks(problem.m, problem.k, plan.rank);
   low.lead = plan.lead;
   low.lead_clusters = plan.lead / plan.splits;
   low.step = static_cast<int>(plan.grid) - plan.lead;
@@ -101,8 +96,17 @@ cudaError_t launch_decode(const Problem& problem, const Plan& plan, const device
   args.cols = static_cast<int>(format::col_tiles(problem.k));
   args.turns = turns(tile, problem.k, plan.splits);
   args.col_step = tile.warps_k * plan.splits;
-  if (plan.rank > 0) args.low = low_rank_args(problem, plan, gemm, factors);
-  const cudaError_t status = write_maps(args, problem, tile);
+  cudaError_t status = write_maps(args, problem, tile);
+  if (status == cudaSuccess && plan.rank > 0) {
+    args.low = low_rank_args(problem, plan, gemm, factors);
+    status = TensorMap<2>{act_type(problem),
+                          factors.up,
+                          {size(plan.rank), size(problem.n)},
+                          {size(plan.rank) * kActBytes},
+                          {extent(kUpBoxRanks), extent(tile.block_n())},
+                          CU_TENSOR_MAP_SWIZZLE_128B}
+                 .write(&args.up_map);
+  }
   if (status != cudaSuccess) return status;
   return launch_dependent(kernel, args, plan.grid, plan.threads, plan.smem_bytes, plan.splits, plan.dependent, stream);
 }

@@ -1,9 +1,9 @@
 // How the decode kernel computes a low-rank correction, out += (acts * down^T) * up^T, with down [rank, k] and up [n, rank]: numbers
 // that the planner, the launcher and the kernel share.
 //
-// Blocks in front of the grid project: t = acts * down^T. Each takes 8 ranks and a share of k, and leaves its sums in the workspace as
-// packets of 16 bytes, two sums and a tag; the other blocks add up the shares in a fixed order.
-//   workspace  readers, 256 bytes; then packets [token][64 ranks][share of k][two ranks]
+// Blocks in front of the grid project: t = acts * down^T. Each takes 8 ranks and a share of k; the other blocks add up the shares in a
+// fixed order.
+//   workspace  readers; flags [block that projects]; sums [share of k][token][rank + padding] float32
 #pragma once
 #include <algorithm>
 
@@ -14,38 +14,48 @@
 namespace sparse_marlin {
 
 inline constexpr int kMaxRank = 128;
-inline constexpr int kMaxTokensLowRank = 16;  // that the projection's MMA takes
-inline constexpr int kRankUnit = 16;          // ranks that a warp expands at once; the rest of the last unit is zeros
-inline constexpr int kProjectRanks = 8;       // of a block that projects
-inline constexpr int kProjectCols = 32;       // of k that a warp of it takes at once
-inline constexpr int kPacketRanks = 2;
-inline constexpr int kPacketBytes = 16;
-inline constexpr int kRowRanks = kPacketRanks * format::kLanes;  // ranks that a warp reads with one packet a lane
+inline constexpr int kMaxTokensLowRank = 16;   // that the projection's MMA takes
+inline constexpr int kRankUnit = 16;           // ranks of an MMA of the expansion
+inline constexpr int kProjectRanks = 8;        // of a block that projects: the rank is a multiple of it
+inline constexpr int kProjectCols = 32;        // of k that a warp of it takes at once
+inline constexpr int kUpBoxRanks = kHalfCols;  // ranks of `up` that one tensor copy brings
 
-constexpr int padded_rank(int rank) { return round_up(rank, kRankUnit); }
-constexpr int packet_rows(int rank) { return (rank + kRowRanks - 1) / kRowRanks; }  // of a token
+// Floats between two tokens of t; with 16-bit values in their place, pairs of 8 tokens lie in different banks.
+constexpr int projected_pitch(int rank) { return round_up(rank, 32) + 8; }
 
-// Shares of k, as a power of 2. Few tokens: more blocks, so that each has less to read after the kernel before; more tokens: fewer,
-// since every block of the multiplication reads all shares, at 16 tokens and rank 64 two times 8 KB.
-constexpr int project_shares_log2(int64_t tokens) { return tokens <= 4 ? 2 : 1; }
-constexpr int project_blocks(int64_t tokens, int rank) {
-  return padded_rank(rank) / kProjectRanks << project_shares_log2(tokens);
+// Shares of k, as a power of 2: a block should not have more columns to read than its warps load at once, about. Every block of the
+// multiplication takes all shares through shared memory, which must not have more of them than its rings can spare.
+constexpr int project_shares_log2(int64_t tokens, int64_t k, int rank) {
+  constexpr int kShareCols = 1024, kMostLog2 = 3, kRoom = 20 << 10;
+  const int share_bytes = static_cast<int>(tokens) * projected_pitch(rank) * static_cast<int>(sizeof(float));
+  int log2 = 0;
+  while (log2 < kMostLog2 && (k >> log2) > kShareCols && share_bytes << (log2 + 1) <= kRoom) ++log2;
+  return log2;
+}
+constexpr int project_blocks(int64_t tokens, int64_t k, int rank) {
+  return rank / kProjectRanks << project_shares_log2(tokens, k, rank);
 }
 // The same in whole clusters. They come on top of the grid of the multiplication, even where that fills the GPU: its last blocks then
 // start when these have ended, and since blocks take output tiles in turn, the last ones have the fewest.
-constexpr int lead_blocks(int64_t tokens, int rank, int cluster) {
-  return round_up(project_blocks(tokens, rank), cluster);
+constexpr int lead_blocks(int64_t tokens, int64_t k, int rank, int cluster) {
+  return round_up(project_blocks(tokens, k, rank), cluster);
 }
 
-// Packets, in units of what a warp reads with one a lane.
-constexpr int packet_units(int64_t tokens, int rank) {
-  return static_cast<int>(tokens) * packet_rows(rank) << project_shares_log2(tokens);
-}
-constexpr int64_t low_rank_workspace(int64_t tokens, int rank) {
-  return kWorkspaceAlign + int64_t{packet_units(tokens, rank)} * format::kLanes * kPacketBytes;
+// All shares of t.
+constexpr int projected_bytes(int64_t tokens, int64_t k, int rank) {
+  return (static_cast<int>(tokens) * projected_pitch(rank) * static_cast<int>(sizeof(float)))
+         << project_shares_log2(tokens, k, rank);
 }
 
-// In shared memory, floats between two tokens of t: 16-byte loads of four neighbours of two tokens then lie in different banks.
-constexpr int projected_pitch(int rank) { return padded_rank(rank) | kRankUnit; }
+struct LowRankWorkspace {  // bytes from its start
+  int64_t flags;
+  int64_t sums;
+  int64_t size;
+};
+constexpr LowRankWorkspace low_rank_workspace(int64_t tokens, int64_t k, int rank) {
+  const int64_t flags = project_blocks(tokens, k, rank) * int64_t{sizeof(uint64_t)};
+  const int64_t sums = kWorkspaceAlign + (flags + kWorkspaceAlign - 1) / kWorkspaceAlign * kWorkspaceAlign;
+  return {kWorkspaceAlign, sums, sums + projected_bytes(tokens, k, rank)};
+}
 
 }  // namespace sparse_marlin

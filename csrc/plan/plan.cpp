@@ -180,9 +180,12 @@ void build_decode(Candidate& c, const Problem& problem, const Device& device, in
   p.grid = splits > 1 ? tiles * splits : std::min(tiles, most);
   if (rank > 0) {
     p.rank = rank;
-    p.lead = lead_blocks(problem.m, rank, splits);
+    p.lead = lead_blocks(problem.m, problem.k, rank, splits);
+    // Blocks that walk leave room for these, unless that makes a turn more: those that come later ask late for their weights.
+    const auto turns = [tiles](int64_t blocks) { return (tiles + blocks - 1) / blocks; };
+    if (splits == 1 && p.lead < most && turns(most - p.lead) == turns(most)) p.grid = std::min(tiles, most - p.lead);
     p.grid += p.lead;
-    p.workspace_bytes += low_rank_workspace(problem.m, rank);
+    p.workspace_bytes += low_rank_workspace(problem.m, problem.k, rank).size;
   }
   p.predicted_us = predicted_us(problem, device, p);
 }
@@ -241,8 +244,9 @@ const Candidate* best(const std::vector<Candidate>& all) {
 
 // Why one launch cannot add a correction of this rank, whatever its tile, or empty.
 std::string why_no_low_rank(const Problem& problem, int64_t rank) {
-  if (rank < 1 || rank > kMaxRank)
-    return "expected a rank of 1 to " + std::to_string(kMaxRank) + ", got " + std::to_string(rank);
+  if (rank < 1 || rank > kMaxRank || rank % kProjectRanks != 0)
+    return "expected a rank that is a multiple of " + std::to_string(kProjectRanks) + " up to " +
+           std::to_string(kMaxRank) + ", got " + std::to_string(rank);
   if (problem.m > kMaxTokensLowRank)
     return "expected at most " + std::to_string(kMaxTokensLowRank) + " tokens, got " + std::to_string(problem.m);
   return {};

@@ -4,11 +4,12 @@
 //             acts [half tile][token][64 columns], 128-byte swizzled
 //             scales [group][block_n]
 //   weights   [warp][stage][column tile of a turn] of { slices of packed weights }
-//   exchange  [warp along k][token of 8][block_n + padding] float32: the sums
+//   exchange  [warp along k][token of 8][block_n + padding] float32: the sums; before them, where there is a low-rank correction
+//             (plan/low_rank.h), [share of k][token][rank + padding] float32
 //   received  [split][vector that the block owns] float32: where splits > 1, the blocks' sums
-//   up        [block_n][rank]: where there is a low-rank correction (plan/low_rank.h), its factor
-//   projected [token][rank + padding] float32, the same: all tokens of the problem
-//   barriers  weights full [warp][stage], then chunk full [chunk], then chunk empty [chunk], then received, up full, projected full
+//   up        [64 ranks][block_n][64], 128-byte swizzled: the correction's second factor
+//   projected [token][rank + padding]: what the first factor makes of the activations, all tokens of the problem
+//   barriers  weights full [warp][stage], then chunk full [chunk], then chunk empty [chunk], then received, up full, shares full
 #pragma once
 #include <algorithm>
 
@@ -56,7 +57,7 @@ struct SmemDecode {
   int up;  // where there is a low-rank correction
   int projected;
   int up_full;
-  int projected_full;
+  int shares_full;
   int size;  // with room to align the start
 };
 
@@ -66,6 +67,8 @@ inline constexpr int kVectorBytes = kVectorFeatures * static_cast<int>(sizeof(fl
 constexpr int owned_vectors(const TileDecode& t, int rows, int splits, int rank = 0) {
   return (rows * t.block_n() / kVectorFeatures - rank + splits - 1) / splits;
 }
+
+constexpr int up_boxes(int rank) { return (rank + kUpBoxRanks - 1) / kUpBoxRanks; }
 
 constexpr SmemDecode smem_decode(const TileDecode& t, const Problem& p, int splits, int stages, int chunks,
                                  int rank = 0) {
@@ -81,17 +84,18 @@ constexpr SmemDecode smem_decode(const TileDecode& t, const Problem& p, int spli
   s.weights = chunks * s.chunk_bytes;
   s.exchange = s.weights + t.warps() * stages * stage_bytes(t, p.num_bits);
   const int sums = t.warps_k * std::min(s.rows, kMmaTokens) * (t.block_n() + kEpiloguePad);
-  s.received = s.exchange + sums * static_cast<int>(sizeof(float));
-  s.up = s.received + (splits > 1 ? splits * owned_vectors(t, s.rows, splits) * kVectorBytes : 0);
-  s.projected = s.up + t.block_n() * rank * kActBytes;
-  s.weights_full =
-      s.projected + (rank > 0 ? static_cast<int>(p.m) * projected_pitch(rank) * static_cast<int>(sizeof(float)) : 0);
+  s.received =
+      s.exchange + std::max(sums * static_cast<int>(sizeof(float)), rank > 0 ? projected_bytes(p.m, p.k, rank) : 0);
+  const int received = splits > 1 ? splits * owned_vectors(t, s.rows, splits) * kVectorBytes : 0;
+  s.up = rank > 0 ? round_up(s.received + received, kSwizzleAlign) : s.received + received;
+  s.projected = s.up + up_boxes(rank) * t.block_n() * kSwizzleRowBytes;
+  s.weights_full = s.projected + (rank > 0 ? static_cast<int>(p.m) * projected_pitch(rank) * kActBytes : 0);
   s.chunk_full = s.weights_full + t.warps() * stages * kBarrierBytes;
   s.chunk_empty = s.chunk_full + chunks * kBarrierBytes;
   s.received_full = s.chunk_empty + chunks * kBarrierBytes;
   s.up_full = s.received_full + kBarrierBytes;
-  s.projected_full = s.up_full + kBarrierBytes;
-  s.size = (rank > 0 ? s.projected_full : s.received_full) + kBarrierBytes + kSwizzleAlign;
+  s.shares_full = s.up_full + kBarrierBytes;
+  s.size = (rank > 0 ? s.shares_full : s.received_full) + kBarrierBytes + kSwizzleAlign;
   return s;
 }
 

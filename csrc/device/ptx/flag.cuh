@@ -8,11 +8,14 @@ namespace sparse_marlin::ptx {
 __device__ __forceinline__ void flag_raise(uint64_t* flag, uint64_t token) {
   asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(token) : "memory");
 }
-__device__ __forceinline__ void flag_wait(const uint64_t* flag, uint64_t token) {
+__device__ __forceinline__ bool flag_raised(const uint64_t* flag, uint64_t token) {
   uint64_t found;
-  do {
-    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(flag) : "memory");
-  } while (found != token);
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(flag) : "memory");
+  return found == token;
+}
+__device__ __forceinline__ void flag_wait(const uint64_t* flag, uint64_t token) {
+  while (!flag_raised(flag, token)) {
+  }
 }
 __device__ __forceinline__ void flag_clear(uint64_t* flag) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(uint64_t{0}) : "memory");
