@@ -27,8 +27,8 @@ SHAPES = [
 ]
 # What the kernel leaves to the products: tokens, k, the rank.
 OTHERS = [(17, 72, 128, 8, 128), (3, 72, 132, 8, 32), (4, 72, 136, 16, 64), (2, 72, 128, 136, 64), (5, 72, 128, 12, 64)]
-# For the kernel: ranks of half a unit, one, several, more than a box of `up`; k less than what its warps take at once, and
-# ragged; one share of it and several; two tiles of tokens where a tile has 8.
+# For the kernel: ranks of half a unit, one, several, more than a box of `up`; k less than what its warps take at once,
+# and ragged; one share of it and several; two tiles of tokens where a tile has 8.
 CASES = [
     (1, 64, 128, 64, 128),
     (3, 203, 1088, 24, 32),
@@ -242,7 +242,7 @@ def test_errors_of_the_multiplication_bear_the_name_of_the_operator(device):
 # --- the planner ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", [1, 16, 17, 64, 128])
+@pytest.mark.parametrize("rank", [8, 16, 24, 64, 128])
 @pytest.mark.parametrize("m", [1, 4, 5, 8, 9, 16])
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (28672, 4096), (4096, 14336), (57344, 8192), (72, 64)])
 def test_plans_with_a_correction(n, k, m, rank):
@@ -253,19 +253,28 @@ def test_plans_with_a_correction(n, k, m, rank):
     assert plan.lead > 0
     assert plan.lead % plan.splits == 0
     assert (plan.grid - plan.lead) % plan.splits == 0
-    assert plan.grid - plan.lead == _core.plan_with_tile(problem, H100, plan.tile, plan.splits).grid
+    multiply, most = plan.grid - plan.lead, _core.plan_with_tile(problem, H100, plan.tile, plan.splits).grid
+    assert most - plan.lead <= multiply <= most  # some may leave room for those that project
+    tiles = -(-n // tile.block_n) * -(-m // tile.block_m)
+    assert plan.splits > 1 or -(-tiles // multiply) == -(-tiles // most)  # if that is not a turn more
     assert tile.blocks * (plan.smem_bytes + 1024) <= H100.smem_per_sm
-    assert plan.workspace_bytes >= 256 + 8 * m * rank
+    assert plan.workspace_bytes >= 256 + 8 * plan.lead + 4 * m * rank
     assert plan.predicted_us < _core.plan(problem, H100).predicted_us + 12
 
 
 def test_problems_without_a_kernel_for_the_correction():
     a100 = _core.Device(80, 108, 163 << 10, 164 << 10, 40 << 20)
-    for m, k, rank, device in [(17, 4096, 64, H100), (1, 4096, 129, H100), (1, 4100, 64, H100), (1, 4096, 64, a100)]:
+    for m, k, rank, device in [
+        (17, 4096, 64, H100),
+        (1, 4096, 136, H100),
+        (1, 4096, 20, H100),
+        (1, 4100, 64, H100),
+        (1, 4096, 64, a100),
+    ]:
         problem = _core.Problem(m, 4096, k)
         plan = _core.plan_low_rank(problem, device, rank)
         assert (plan.rank, plan.lead, plan.tile) == (0, 0, _core.plan(problem, device).tile)
-    for m, rank in [(17, 64), (1, 129), (1, 0)]:
+    for m, rank in [(17, 64), (1, 136), (1, 20), (1, 0)]:
         with pytest.raises(ValueError, match=r"low-rank correction: expected .*, got"):
             _core.plan_low_rank_with_tile(_core.Problem(m, 4096, 4096), H100, rank, TILES[0])
     with pytest.raises(ValueError, match="adds no low-rank correction"):
@@ -274,7 +283,7 @@ def test_problems_without_a_kernel_for_the_correction():
 
 def test_the_cases_cover_the_kernel():
     assert {m for m, *_ in CASES} == {1, 3, 4, 8, 9, 16}
-    assert {1, 16, 17, 64, 128} <= {rank for *_, rank, _ in CASES}
+    assert {8, 16, 24, 64, 72, 128} <= {rank for *_, rank, _ in CASES}
     assert {group for *_, group in CASES} == {-1, 32, 128}
     assert all(_core.plan_low_rank(_core.Problem(m, n, k), H100, rank).rank for m, n, k, rank, _ in CASES)
     assert not any(_core.plan_low_rank(_core.Problem(m, n, k), H100, rank).rank for m, n, k, rank, _ in OTHERS)
@@ -303,12 +312,12 @@ def test_every_tile_with_every_split(cuda, tile, num_bits, dtype):
             for run in range(3):
                 assert_same_on_gpu(layer.by(a, tile, splits, run % 2 == 0), got, f"run {run} of {what}")
             ran += 1
-    assert ran >= len(CASES)
+    assert ran > 0, f"tile {tile} fits no case"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize(("m", "rank"), [(3, 20), (9, 64)])
+@pytest.mark.parametrize(("m", "rank"), [(3, 24), (9, 64)])
 def test_blocks_that_walk_over_output_tiles(cuda, tile, m, rank):
     """A block asks for its rows of `up` again for every output tile; more blocks than the GPU holds at once."""
     need_kernel("decode")
@@ -329,10 +338,10 @@ def test_blocks_that_walk_over_output_tiles(cuda, tile, m, rank):
 def test_the_kernel_for_every_number_of_tokens_and_every_rank(cuda):
     need_kernel("decode")
     a = smt.activations(17, 1088, dtype=torch.float16, device=cuda)
-    for rank in (*range(1, 34), 63, 64, 65, 80, 96, 127, 128, 129):
+    for rank in (*range(8, 137, 8), 1, 17, 100):
         layer = Corrected(520, 1088, rank, device=cuda)
-        for m in range(1, 18) if rank in (17, 64, 128) else (1, 5, 16):
-            assert (layer.plan(m).rank > 0) == (m <= 16 and rank <= 128)
+        for m in range(1, 18) if rank in (24, 64, 128) else (1, 5, 16):
+            assert (layer.plan(m).rank > 0) == (m <= 16 and rank <= 128 and rank % 8 == 0)
             layer.check(layer(a[:m]), a[:m], f"{m} tokens, rank {rank}")
 
 
@@ -340,7 +349,7 @@ def test_the_kernel_for_every_number_of_tokens_and_every_rank(cuda):
 def test_the_kernel_adds_exactly(cuda):
     """One-hot tokens and small whole numbers, so that every sum is exact and one wrong index shows."""
     need_kernel("decode")
-    m, n, k, rank = 13, 2311, 1152, 100
+    m, n, k, rank = 13, 2311, 1152, 104
     layer = Corrected(n, k, rank, -1, device=cuda)
     layer.codes = smt.coordinate_codes(n, k, 4).to(cuda)
     layer.scales = torch.ones(1, n, dtype=torch.float16, device=cuda)
@@ -386,7 +395,7 @@ def test_a_hundred_runs_of_real_layers(cuda, n, k, m):
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 16])
 def test_a_graph_replayed_with_changing_inputs(cuda, m):
-    """The same tag and the same workspace every time: what a replay leaves must not be taken for the next one's."""
+    """The same token and the same workspace every time: what a replay leaves must not be taken for the next one's."""
     need_kernel("decode")
     layer = Corrected(4096, 4096, 64, device=cuda)
     inputs = [smt.activations(m, 4096, dtype=torch.float16, seed=seed, device=cuda) for seed in range(5)]

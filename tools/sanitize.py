@@ -205,6 +205,11 @@ def check(sanitizer: str, tool: str) -> dict[str, Any]:
     }
 
 
+def shown(done: dict[str, Any]) -> dict[str, Any]:
+    print(f"{done['tool']}: {done['summary']} ({done['launches']}, {done['seconds']} s)", flush=True)
+    return done
+
+
 def version(sanitizer: str) -> str:
     run = subprocess.run([sanitizer, "--version"], capture_output=True, text=True, check=False)
     found = re.search(r"Version (.*)", run.stdout)
@@ -233,7 +238,7 @@ def main() -> int:
     if unknown := set(tools) - set(TOOLS):
         parser.error(f"expected tools of {', '.join(TOOLS)}, got {', '.join(unknown)}")
     with ThreadPoolExecutor(len(tools)) as pool:
-        checks = list(pool.map(lambda tool: check(sanitizer, tool), tools))
+        checks = list(pool.map(lambda tool: shown(check(sanitizer, tool)), tools))
     record = {
         "commit": commit(),
         "device": torch.cuda.get_device_name(),
@@ -245,8 +250,6 @@ def main() -> int:
     }
     RECORD.parent.mkdir(parents=True, exist_ok=True)
     RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    for c in checks:
-        print(f"{c['tool']}: {c['summary']} ({c['launches']}, {c['seconds']} s)")
     return max(abs(c["exit_status"]) for c in checks)
 
 

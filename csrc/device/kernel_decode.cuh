@@ -151,10 +151,16 @@ struct DecodeEpilogue {
   }
 };
 
+// Blocks that an SM must hold: with a correction and small groups the widest tile has no registers left for two.
+constexpr int blocks_an_sm(const TileDecode& t, ScaleMode mode, bool low_rank) {
+  return low_rank && mode == ScaleMode::kSteps && t.slices == 4 ? 1 : t.blocks;
+}
+
 // The tile goes by its index in kTilesDecode, as in kernel_sm80.cuh.
 // kLowRank: with a low-rank correction; a kernel of its own, so that the others keep their registers.
 template <typename Act, int kBits, int kTileIndex, ScaleMode kMode, bool kLowRank>
-__global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(), kTilesDecode[kTileIndex].blocks)
+__global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(),
+                                  blocks_an_sm(kTilesDecode[kTileIndex], kMode, kLowRank))
     gemm_decode(const __grid_constant__ KernelArgsDecode args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr TileDecode kTile = kTilesDecode[kTileIndex];

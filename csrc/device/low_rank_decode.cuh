@@ -303,13 +303,14 @@ struct LowRankExpand : LowRankPlaces<kTile, kMode> {
         // of a rank that is no multiple of 16 the last half does not exist
         t[q][1] = rank + kRankUnit / 2 < ranks ? projected_pair(token, rank + kRankUnit / 2 + 2 * c) : 0;
       }
-      // 16-byte piece j of row r of a swizzled box lies at j ^ (r % 8)
+      // 16-byte piece j of row r of a swizzled box lies at j ^ (r % 8), and rows of slices are multiples of 16
+      const int row = warp.warp_n * Warp::kSlices * format::kSliceRows + lane % format::kSliceRows;
       const int piece = rank % kUpBoxRanks * kActBytes / kCopyBytes + lane / format::kSliceRows;
-      int row = warp.warp_n * Warp::kSlices * format::kSliceRows + lane % format::kSliceRows;
-      const uint32_t box = this->up() + rank / kUpBoxRanks * kTile.block_n() * kSwizzleRowBytes;
+      const uint32_t from = this->up() + (rank / kUpBoxRanks * kTile.block_n() + row) * kSwizzleRowBytes +
+                            (piece ^ lane % kMmaTokens) * kCopyBytes;
 #pragma unroll
-      for (int s = 0; s < Warp::kSlices; ++s, row += format::kSliceRows) {
-        const ptx::FragB up = ptx::ldmatrix_x4(box + row * kSwizzleRowBytes + (piece ^ row % kMmaTokens) * kCopyBytes);
+      for (int s = 0; s < Warp::kSlices; ++s) {
+        const ptx::FragB up = ptx::ldmatrix_x4(from + s * format::kSliceRows * kSwizzleRowBytes);
 #pragma unroll
         for (int q = 0; q < Warp::kBlocks; ++q) ptx::mma_16<Act>(sums.d[s][q].reg, up.reg, t[q]);
       }

@@ -52,8 +52,9 @@ struct RangesSm90 {
     }
   }
 
-  // The block's range has the beginning of `tile`: adds all others' sums, which are in the next stages.
-  __device__ __forceinline__ void take(Sums& sums, int tile, Place& place) const {
+  // The block's range has the beginning of `tile`: adds all others' sums, which are in the next stages. Nothing comes after them, so
+  // where they end need not be known: a `place` that went through these branches would cost the main loop its uniform registers.
+  __device__ __forceinline__ void take(Sums& sums, int tile, Place place) const {
     consumer.for_each_later_range(tile, [&](int) {
       for (int owner = 0; owner < kTile.consumers; ++owner) {
 #pragma unroll
