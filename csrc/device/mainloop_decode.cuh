@@ -270,8 +270,8 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
   __device__ __forceinline__ int group_row(int step) const {
     return kMode == ScaleMode::kTiles ? 0 : step * format::kStepCols >> args.gemm.group_shift;
   }
-  // sums += the sums of a group times its scales, loaded while the MMAs of the group run; for `count` slices. Returns what the last load
-  // brought.
+  // sums += the sums of a group times its scales, loaded while the MMAs of the group run; for `count` slices. Returns bits that depend
+  // on all loads.
   __device__ __forceinline__ uint32_t add_scaled(Sums& sums, const Sums& group, uint32_t scales, int step, int first,
                                                  int count) const {
     uint32_t loaded = 0;
@@ -280,7 +280,7 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
     for (int s = first; s < first + count; ++s) {
       const uint32_t at = from + s * format::kSliceRows * kActBytes;
       const uint32_t bits_a = ptx::load_shared_16(at), bits_b = ptx::load_shared_16(at + format::kHalfRows * kActBytes);
-      loaded = bits_b;
+      loaded |= bits_a | bits_b;
       const float a = Pair<Act>::to_float(bits_a), b = Pair<Act>::to_float(bits_b);
 #pragma unroll
       for (int q = 0; q < kBlocks; ++q) {
@@ -321,8 +321,8 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
     for (int s = 0; s < kSlices; ++s) t.meta[s] = ptx::load_shared_v2(from + places.meta + s * kSliceBytes);
   }
 
-  // sums += kTogether column tiles, whose weights begin at `weights` and whose activations and scales are in `chunks`. Returns what the
-  // last load from the chunks brought; loads come in their order.
+  // sums += kTogether column tiles, whose weights begin at `weights` and whose activations and scales are in `chunks`. Returns bits that
+  // depend on all loads of the last step.
   __device__ __forceinline__ uint32_t multiply(Sums& sums, uint32_t weights, const uint32_t (&chunks)[kTogether],
                                                const Places& places) const {
     Tile tiles[kTogether];
@@ -342,7 +342,7 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
           const uint32_t at =
               places.tokens[step / kHalfSteps][q] ^ (step % kHalfSteps * (kSwizzleRowBytes / kHalfSteps));
           const ptx::FragB x = ptx::ldmatrix_x4(chunks[j] + at);
-          if (!kScaled && step == format::kSliceSteps - 1) loaded = x.reg[0];
+          if (step == format::kSliceSteps - 1) loaded |= x.reg[0];
           return x;
         };
         const auto mma = [&](const ptx::FragA& w, const ptx::FragB& x, int s, int q) {
@@ -360,7 +360,7 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
         const auto scale = [&](int s) {
           if (kScaled && kMode == ScaleMode::kSteps && s % kPair == kPair - 1) {
             const uint32_t bits = add_scaled(sums, groups[j], chunks[j] + places.scales, step, s - s % kPair, kPair);
-            if (step == format::kSliceSteps - 1 && s == kSlices - 1) loaded = bits;
+            if (step == format::kSliceSteps - 1) loaded |= bits;
           }
         };
         // whichever has fewer registers is kept
@@ -395,7 +395,7 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
     if (kScaled && kMode == ScaleMode::kTiles) {
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
-        loaded = add_scaled(sums, groups[j], chunks[j] + places.scales, 0, 0, kSlices);
+        loaded |= add_scaled(sums, groups[j], chunks[j] + places.scales, 0, 0, kSlices);
       }
     }
     return loaded;
