@@ -322,7 +322,7 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
   }
 
   // sums += kTogether column tiles, whose weights begin at `weights` and whose activations and scales are in `chunks`. Returns bits that
-  // depend on all loads of the last step.
+  // depend on the loads.
   __device__ __forceinline__ uint32_t multiply(Sums& sums, uint32_t weights, const uint32_t (&chunks)[kTogether],
                                                const Places& places) const {
     Tile tiles[kTogether];
@@ -342,7 +342,7 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
           const uint32_t at =
               places.tokens[step / kHalfSteps][q] ^ (step % kHalfSteps * (kSwizzleRowBytes / kHalfSteps));
           const ptx::FragB x = ptx::ldmatrix_x4(chunks[j] + at);
-          if (step == format::kSliceSteps - 1) loaded |= x.reg[0];
+          if (kMode == ScaleMode::kTiles && step == format::kSliceSteps - 1) loaded |= x.reg[0];
           return x;
         };
         const auto mma = [&](const ptx::FragA& w, const ptx::FragB& x, int s, int q) {
@@ -358,10 +358,8 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
         };
         constexpr int kPair = kSlices == 2 ? 2 : 1;  // as many as the registers hold
         const auto scale = [&](int s) {
-          if (kScaled && kMode == ScaleMode::kSteps && s % kPair == kPair - 1) {
-            const uint32_t bits = add_scaled(sums, groups[j], chunks[j] + places.scales, step, s - s % kPair, kPair);
-            if (step == format::kSliceSteps - 1) loaded |= bits;
-          }
+          if (kScaled && kMode == ScaleMode::kSteps && s % kPair == kPair - 1)
+            add_scaled(sums, groups[j], chunks[j] + places.scales, step, s - s % kPair, kPair);
         };
         // whichever has fewer registers is kept
         if constexpr (kBlocks > kSlices) {
@@ -397,6 +395,13 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
       for (int j = 0; j < kTogether; ++j) {
         loaded |= add_scaled(sums, groups[j], chunks[j] + places.scales, 0, 0, kSlices);
       }
+    } else {  // what has been loaded in any step has gone into the sums; bits of the loads would take registers until the end
+#pragma unroll
+      for (int s = 0; s < kSlices; ++s) {
+        loaded |= __float_as_uint(sums.d[s][0].reg[0]) | __float_as_uint(sums.d[s][0].reg[2]);
+      }
+#pragma unroll
+      for (int q = 1; q < kBlocks; ++q) loaded |= __float_as_uint(sums.d[0][q].reg[0]);
     }
     return loaded;
   }
