@@ -30,7 +30,9 @@ constexpr int kSplitsSm90[] = {-1, -2, 1, 2, 3, 4, 5, 6, 7, 8};
 constexpr int kSplitsDecode[] = {1, 2, 4, 8};  // odd ones were never much better, and often worse
 constexpr int kMaxSplits = 16;
 constexpr double kProductsUs = 12;  // two dense products of few tokens, measured on an H100, whatever the layer
-constexpr int kEnoughBlocks = 8;    // blocks an SM, beyond which splitting k can only cost
+// Stream-K: of more rounds the last one is less than a fifth, and what blocks at different column tiles read again costs as much.
+constexpr int kMaxStreamRounds = 4;
+constexpr int kEnoughBlocks = 8;  // blocks an SM, beyond which splitting k can only cost
 
 std::span<const int> splits_of(int tile) {
   switch (family(tile)) {
@@ -104,6 +106,10 @@ void build_stream_k(Candidate& c, const Problem& problem, const Device& device, 
   p.grid = stream_k_blocks(tiles, format::col_tiles(problem.k), int64_t{device.num_sms} * blocks);
   if (tiles % p.grid == 0) {
     c.rejected = "every block has as many whole tiles";
+    return;
+  }
+  if (tiles > kMaxStreamRounds * p.grid) {
+    c.rejected = "more than " + std::to_string(kMaxStreamRounds) + " rounds of whole tiles";
     return;
   }
   p.workspace_bytes = workspace(problem, stream_bytes(tile.size(), p.grid)).size;
