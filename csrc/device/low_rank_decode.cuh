@@ -5,7 +5,8 @@
 //            share, from the workspace into shared memory
 //   expand   at the end of an output tile each warp adds its part of up * t to its sums, as if k were longer
 //
-// All of it runs once in a block, from an instruction cache that has none of it: short code is fast code, so loops are not unrolled.
+// All of it runs once in a block, from an instruction cache that has none of it: short code is fast code, so loops of receive
+// and expand are not unrolled, other than over registers.
 //
 // A flag equals the launch's random token once a block's sums are there; see ranges_sm90.cuh, which does the same. The last block that
 // has seen all flags clears them. A block waits for blocks of lower number alone, which start before it: however few run at once,

@@ -35,8 +35,8 @@ constexpr int project_shares_log2(int64_t tokens, int64_t k, int rank) {
 constexpr int project_blocks(int64_t tokens, int64_t k, int rank) {
   return rank / kProjectRanks << project_shares_log2(tokens, k, rank);
 }
-// The same in whole clusters. They come on top of the grid of the multiplication, even where that fills the GPU: its last blocks then
-// start when these have ended, and since blocks take output tiles in turn, the last ones have the fewest.
+// The same in whole clusters. They come on top of the multiplication's blocks, of which the planner leaves some out for them if that makes
+// no turn more; otherwise the last ones start when these have ended, and as blocks take output tiles in turn, those have the fewest.
 constexpr int lead_blocks(int64_t tokens, int64_t k, int rank, int cluster) {
   return round_up(project_blocks(tokens, k, rank), cluster);
 }

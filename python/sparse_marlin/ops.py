@@ -95,9 +95,9 @@ def sparse_marlin_gemm_low_rank(
 ) -> Tensor:
     """`sparse_marlin_gemm` plus a low-rank correction: `a @ weight.T + bias + (a @ down.T) @ up.T`.
 
-    On a GPU of compute capability 9.0, up to 16 tokens, with K a multiple of 64 and a rank of at most 128 both are one
-    launch: float32 throughout, rounded once, bitwise the same from run to run. Elsewhere two dense products follow the
-    multiplication, and `a @ down.T` and the multiplication are rounded, too.
+    On a GPU of compute capability 9.0, up to 16 tokens, with K a multiple of 64 and a rank that is a multiple of 8, at
+    most 128, both are one launch: sums in float32, `a @ down.T` rounded to the dtype of `a` and the result once more,
+    bitwise the same from run to run. Elsewhere two dense products follow the multiplication, which is rounded, too.
 
     `down` and `up` are read like the packed weight, possibly before the kernel before has finished: they must not be
     the output of a kernel that signals its successor early (torch's do not).
