@@ -1,11 +1,12 @@
 """Times a model of Llama-3-8B's shape with random weights: decoding and the first token, dense against 2:4-sparse.
 
     python benchmarks/bench_model.py --out benchmarks/results/model.json
-    python benchmarks/bench_model.py --layers 8 --batches 1 --compile
+    python benchmarks/bench_model.py --layers 8 --batches 1 --compile --merged --lm-head
 
-Both models are transformers' LlamaForCausalLM. In the sparse one every linear that `replace_linears` would convert is a
-SparseMarlinLinear of random codes (nothing is packed); embedding, lm_head, attention and norms are the same in both.
-q, k, v, gate and up stay the separate linears that transformers has.
+Both models are transformers' LlamaForCausalLM, in which q, k, v, gate and up are separate linears. --merged takes
+Phi3ForCausalLM instead: the same layers with one linear for q, k and v and one for gate and up, as servers (vLLM, TGI)
+run a Llama. In the sparse model every linear that `replace_linears` would convert is a SparseMarlinLinear of random
+codes (nothing is packed); embedding, lm_head, attention and norms are the same in both. --lm-head converts that, too.
 
 Decoding is one step of model.forward in a CUDA graph: the last of --context tokens, whose keys and values are written
 to a cache of fixed size, then the most likely token becomes the next input. The step is repeated at the same place,
@@ -27,13 +28,22 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 from timing import full_precision_sums, graph_us, machine, positive_ints
-from transformers import AttentionInterface, Cache, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AttentionInterface,
+    Cache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from weights import check_rows, random_packed, random_scales
 
 from sparse_marlin import SparseMarlinLinear
 from sparse_marlin.replace import module_bytes, survey
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 128256,
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -41,6 +51,7 @@ SHAPE = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 8192,
     "tie_word_embeddings": False,
+    "pad_token_id": 0,  # some id of the vocabulary
 }
 ATTENTION = "fixed_cache"
 ROUNDS = 2
@@ -52,7 +63,7 @@ class FixedCache(Cache):
     """Keys and values of so many tokens; `start` says where the next ones are written. Without device-side state, so
     that a captured step can be replayed in place."""
 
-    def __init__(self, config: LlamaConfig, batch: int, length: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: PretrainedConfig, batch: int, length: int, dtype: torch.dtype) -> None:
         super().__init__(layers=[])
         size = (batch, config.num_key_value_heads, length, config.hidden_size // config.num_attention_heads)
         self.keys = [torch.randn(size, device="cuda", dtype=dtype) for _ in range(config.num_hidden_layers)]
@@ -88,12 +99,13 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def dense_model(config: LlamaConfig, dtype: torch.dtype) -> LlamaForCausalLM:
+def dense_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device("cuda"):
-            return LlamaForCausalLM(config).eval().requires_grad_(False)
+            kind = Phi3ForCausalLM if isinstance(config, Phi3Config) else LlamaForCausalLM
+            return kind(config).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
 
@@ -108,10 +120,11 @@ def random_layer(linear: torch.nn.Linear, group_size: int, num_bits: int) -> Spa
     return layer
 
 
-def make_sparse(model: LlamaForCausalLM, group_size: int, num_bits: int) -> int:
+def make_sparse(model: PreTrainedModel, group_size: int, num_bits: int, lm_head: bool = False) -> int:
     """Replaces what `replace_linears` would; checks one layer of each shape against float64."""
     checked = set()
-    chosen = [candidate for candidate in survey(model) if candidate.reason is None]
+    found = survey(model, ignore=()) if lm_head else survey(model)
+    chosen = [candidate for candidate in found if candidate.reason is None]
     for candidate in chosen:
         assert isinstance(candidate.module, torch.nn.Linear)
         layer = random_layer(candidate.module, group_size, num_bits)
@@ -127,7 +140,7 @@ def make_sparse(model: LlamaForCausalLM, group_size: int, num_bits: int) -> int:
 class Runner:
     """What is timed of a model."""
 
-    def __init__(self, model: LlamaForCausalLM, compiled: bool) -> None:
+    def __init__(self, model: PreTrainedModel, compiled: bool) -> None:
         self.model, self.config, self.dtype = model, model.config, model.lm_head.weight.dtype
         self.forward = torch.compile(model.forward, dynamic=False) if compiled else model.forward
 
@@ -229,7 +242,8 @@ def measure(runners: dict[str, Runner], args: argparse.Namespace) -> list[dict[s
 def print_table(result: dict[str, object], rows: list[dict[str, object]]) -> None:
     table = Table(
         title=f"{result['gpu']}, {result['layers']} layers, {result['dtype']} against {result['num_bits']} bits, "
-        f"group {result['group_size']}{', torch.compile' if result['compile'] else ''}"
+        f"group {result['group_size']}"
+        + "".join(f", {name}" for name in ("compile", "merged", "lm_head") if result[name])
     )
     for column in ("what", "batch", "tokens", "dense ms", "sparse ms", "x", "dense tokens/s", "sparse tokens/s"):
         table.add_column(column, justify="left" if column == "what" else "right")
@@ -255,17 +269,20 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512, help="tokens that a decoding step sees")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens before the first token")
     parser.add_argument("--compile", action="store_true", help="both models through torch.compile")
+    parser.add_argument("--merged", action="store_true", help="q, k, v in one linear, gate and up in one")
+    parser.add_argument("--lm-head", action="store_true", help="the sparse model's lm_head is sparse, too")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     torch.manual_seed(0)
     full_precision_sums()
     torch._dynamo.config.recompile_limit = 64  # batch sizes and models that share their code
     AttentionInterface.register(ATTENTION, attention)
-    config = LlamaConfig(**SHAPE, num_hidden_layers=args.layers, attn_implementation=ATTENTION)
+    kind = Phi3Config if args.merged else LlamaConfig
+    config = kind(**SHAPE, num_hidden_layers=args.layers, attn_implementation=ATTENTION)
     dtype = getattr(torch, args.dtype)
     with torch.no_grad():
         dense, sparse = dense_model(config, dtype), dense_model(config, dtype)
-        converted = make_sparse(sparse, args.group_size, args.num_bits)
+        converted = make_sparse(sparse, args.group_size, args.num_bits, args.lm_head)
         torch.cuda.empty_cache()
         runners = {"dense": Runner(dense, args.compile), "sparse": Runner(sparse, args.compile)}
         for runner in runners.values():
@@ -280,6 +297,8 @@ def main() -> None:
         "layers": args.layers,
         "linears": converted,
         "compile": args.compile,
+        "merged": args.merged,
+        "lm_head": args.lm_head,
         "dense_gb": module_bytes(dense) / 1e9,
         "sparse_gb": module_bytes(sparse) / 1e9,
         "rows": rows,

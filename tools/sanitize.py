@@ -37,7 +37,7 @@ TOOLS = {
     "synccheck": [*OURS, "--num-cuda-barriers", "65536"],  # the default is fewer than these kernels have
     "initcheck": ["--check-api-memory-access", "no"],
 }
-PARTS = {"racecheck": 6, "synccheck": 2}  # processes that share out what a tool looks at: the slow ones
+PARTS = {"racecheck": 8, "synccheck": 2}  # processes that share out what a tool looks at: the slow ones
 TIME_LIMIT = 420  # seconds, for one tool
 SUMMARY = re.compile(r"=+ (?:ERROR SUMMARY|RACECHECK SUMMARY): (.*)")
 
@@ -46,7 +46,7 @@ def check(sanitizer: str, tool: str) -> dict[str, Any]:
     options = [*TOOLS[tool], "--print-limit", "20", "--error-exitcode", "9"]
     start = time.monotonic()
     command = [sanitizer, "--tool", tool, *options, sys.executable, str(LAUNCHES)]
-    command += [WITHOUT_STREAM_K] if tool == "initcheck" else []
+    command += [WITHOUT_STREAM_K] if tool in ("initcheck", "racecheck") else []
     parts = PARTS.get(tool, 1)
     with ThreadPoolExecutor(parts) as pool:
         runs = list(pool.map(lambda part: run_part([*command, "--part", f"{part}/{parts}"]), range(parts)))

@@ -24,14 +24,15 @@ __device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float low, float hi
 template <typename Act, typename Consumer, ShapeSm90 kTile>
 struct EpilogueSm90 {
   static constexpr int kPassTokens = Consumer::kSmem.pass_tokens;
-  static constexpr int kPasses = (kTile.block_m + kPassTokens - 1) / kPassTokens;
+  static constexpr int kPasses = passes(kTile.block_m);
+  static constexpr int kSlots = Consumer::kSmem.slots;
   static constexpr int kPassChunks = kPassTokens / kChunkTokens;
   static constexpr int kBlockSums =
       4;  // of a thread in 16 features x 8 tokens: (g, 2c), (g, 2c + 1), (g + 8, 2c), (g + 8, 2c + 1)
   using Sums = typename Consumer::Sums;
 
   const KernelArgsSm90& args;
-  const uint32_t staging;  // of this warpgroup
+  const uint32_t staging;  // of this warpgroup: kSlots slots
   const int warpgroup;
 
   __device__ __forceinline__ void sync() const { ptx::named_barrier(1 + warpgroup, kWarpgroupThreads); }
@@ -68,11 +69,16 @@ struct EpilogueSm90 {
       for (int pass = 0; pass < kPasses; ++pass) {
         constexpr int kLastTokens = kTile.block_m - (kPasses - 1) * kPassTokens;
         const int tokens = pass < kPasses - 1 ? kPassTokens : kLastTokens;
-        free_staging();
+        const int i = b * kPasses + pass, first_row = i % kSlots * kPassTokens;
+        if (i == 0) {
+          free_staging<0>();
+        } else if (i >= kSlots) {
+          free_staging<kSlots - 1>();
+        }
 #pragma unroll
         for (int c = 0; c < tokens / kChunkTokens; ++c)
-          stage_chunk(sums[b] + (pass * kPassChunks + c) * kChunkSums, terms, c);
-        write(feature, token0 + pass * kPassTokens, 0, tokens);
+          stage_chunk(sums[b] + (pass * kPassChunks + c) * kChunkSums, terms, i % kSlots * kPassChunks + c);
+        write(feature, token0 + pass * kPassTokens, first_row, tokens);
       }
     }
   }
@@ -83,19 +89,20 @@ struct EpilogueSm90 {
     int i = 0;
     for (int c = exchange.consumer.split(); c < Exchange::kChunks; c += exchange.splits, ++i) {
       const int feature = feature0 + c / Exchange::kPanelChunks * format::kTileRows;
-      const int slot = i % kPassChunks;  // of the staging bytes
+      const int slot = i % (kSlots * kPassChunks);  // of a chunk, in the staging bytes
       float total[kChunkSums];
       exchange.add(total, i);
-      if (slot == 0) free_staging();
+      if (slot == 0) free_staging<0>();
       stage_chunk(total, row_terms(feature), slot);
       write(feature, work.tile_m * kTile.block_m + c % Exchange::kPanelChunks * kChunkTokens, slot * kChunkTokens,
             kChunkTokens);
     }
   }
 
-  // What was staged before has left.
+  // What was staged before has left, but for the last kPending passes.
+  template <int kPending>
   __device__ __forceinline__ void free_staging() const {
-    if (threadIdx.x % kWarpgroupThreads == 0) ptx::bulk_wait_read();
+    if (threadIdx.x % kWarpgroupThreads == 0) ptx::bulk_wait_read<kPending>();
     sync();
   }
 

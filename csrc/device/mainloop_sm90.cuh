@@ -179,6 +179,7 @@ struct ProducerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
     ptx::prefetch_map(&args.weights_map);
     ptx::prefetch_map(args.gemm.tiles_m > 1 ? &args.acts_map : &args.last_map);
     if (kMode != ScaleMode::kNone) ptx::prefetch_map(&args.scales_map);
+    if (args.out_mapped) ptx::prefetch_map(&args.out_map);
   }
 
   // Weights depend on no kernel before this one, so nothing is waited for.

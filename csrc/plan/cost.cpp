@@ -94,6 +94,16 @@ double read_again(const Device& device, const Plan& plan, double tiles_m, double
   return std::max(0.0, missed) * (streamed * (tile_acts + tile_weights) - acts - weights);
 }
 
+// What a low-rank correction adds to the multiplication: an output tile's rows of a factor are read and multiplied; and where there is
+// one block an SM, those that project take its place, so that some SMs have two of the others and some none.
+double correction_us(const Problem& problem, const Device& device, const Plan& plan) {
+  constexpr double kLaunch = 0.17, kTile = 0.34, kShifted = 1.45e-4;  // of rank 64; the last for a column
+  const double tiles = ceil_div(static_cast<double>(problem.m), block_m(plan.tile)) *
+                       ceil_div(static_cast<double>(problem.n), tile_n(plan.tile));
+  const bool alone = plan.grid - plan.lead <= device.num_sms;
+  return kLaunch + kTile * tiles / device.num_sms + (alone ? kShifted * static_cast<double>(problem.k) : 0);
+}
+
 }  // namespace
 
 Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
@@ -134,6 +144,7 @@ Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
 }
 
 double predicted_us(const Problem& problem, const Device& device, const Plan& plan) {
+  const double correction = plan.rank > 0 ? correction_us(problem, device, plan) : 0;
   const Effort e = effort(problem, device, plan);
   const TileCost& c = kTileCosts[plan.tile];
   double work = e.turns * e.full_waves * (c.turn + c.turn_block * e.resident);
@@ -142,7 +153,7 @@ double predicted_us(const Problem& problem, const Device& device, const Plan& pl
   const double sum = std::pow(work, c.power) + std::pow(e.dram_us, c.power) + std::pow(c.l2 * e.l2_us, c.power);
   const double exchange = e.exchanges * (c.exchange + c.exchange_split * plan.splits) +
                           e.streams * (c.stream + c.stream_part * e.parts) + e.reduce_us;
-  return c.launch + c.crowding * e.crowding + std::pow(sum, 1 / c.power) + exchange;
+  return c.launch + c.crowding * e.crowding + std::pow(sum, 1 / c.power) + exchange + correction;
 }
 
 }  // namespace sparse_marlin

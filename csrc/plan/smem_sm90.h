@@ -2,7 +2,7 @@
 // kernel.
 //   acts      [stage][half][token][64 columns], 128-byte swizzled
 //   weights   [stage] of { row tiles of packed weights | scales [rows][block_n] }
-//   staging   [consumer][token of a pass][64 features], 128-byte swizzled: the output on its way to global memory
+//   staging   [consumer][slot][token of a pass][64 features], 128-byte swizzled: the output on its way to global memory
 //   barriers  [stage] full, then [stage] empty, then received: where k is split, the sums that the block owns
 // Where k is split over a cluster, its sums are exchanged in the bytes of acts and weights, once these are done with.
 #pragma once
@@ -34,6 +34,8 @@ struct SmemSm90 {
   int weights_bytes;  // a stage, scales included
   int pass_tokens;    // tokens of one pass of the epilogue
   int store_tokens;   // of one tensor copy
+  int pass_bytes;     // a slot of staging
+  int slots;          // of a consumer: passes that may be under way at once
   int staging_bytes;  // a consumer
   int stages;
   int weights;  // offsets
@@ -54,6 +56,8 @@ constexpr int pass_tokens(int block_m) {
   return most;
 }
 
+constexpr int passes(int block_m) { return (block_m + pass_tokens(block_m) - 1) / pass_tokens(block_m); }
+
 // An SM of compute capability 9.0 has 228 KB, of which the system takes 1 KB for each block.
 constexpr int max_smem(const ShapeSm90& t) { return t.blocks() == 1 ? kMaxSmemSm90 : (228 << 10) / t.blocks() - 1024; }
 
@@ -65,9 +69,14 @@ constexpr SmemSm90 smem_sm90(const ShapeSm90& t, int num_bits, ScaleMode mode) {
   s.weights_bytes = t.row_tiles() * s.tile_bytes + s.scales_bytes;
   s.pass_tokens = pass_tokens(t.block_m);
   s.store_tokens = std::gcd(t.block_m, s.pass_tokens);
-  s.staging_bytes = s.pass_tokens * kSwizzleRowBytes;
-  const int fixed = t.consumers * s.staging_bytes + (2 * kMaxStagesSm90 + 1) * kBarrierBytes + 2 * kSwizzleAlign;
-  s.stages = std::min(kMaxStagesSm90, (max_smem(t) - fixed) / (s.acts_bytes + s.weights_bytes));
+  s.pass_bytes = s.pass_tokens * kSwizzleRowBytes;
+  const int slot = t.consumers * s.pass_bytes;
+  const int fixed = (2 * kMaxStagesSm90 + 1) * kBarrierBytes + 2 * kSwizzleAlign;
+  s.stages = std::min(kMaxStagesSm90, (max_smem(t) - fixed - slot) / (s.acts_bytes + s.weights_bytes));
+  // a slot for every pass of a tile, as far as stages leave room: a pass then need not wait until another has left
+  s.slots = std::min(t.panels * passes(t.block_m),
+                     (max_smem(t) - fixed - s.stages * (s.acts_bytes + s.weights_bytes)) / slot);
+  s.staging_bytes = s.slots * s.pass_bytes;
   s.weights = s.stages * s.acts_bytes;
   s.staging = round_up(s.weights + s.stages * s.weights_bytes, kSwizzleAlign);
   s.full = s.staging + t.consumers * s.staging_bytes;
