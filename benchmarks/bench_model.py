@@ -141,7 +141,7 @@ class Runner:
     """What is timed of a model."""
 
     def __init__(self, model: PreTrainedModel, compiled: bool) -> None:
-        self.model, self.config, self.dtype = model, model.config, model.lm_head.weight.dtype
+        self.model, self.config, self.dtype = model, model.config, model.model.embed_tokens.weight.dtype
         self.forward = torch.compile(model.forward, dynamic=False) if compiled else model.forward
 
     def next_token(self, ids: torch.Tensor, positions: torch.Tensor, cache: FixedCache) -> torch.Tensor:

@@ -20,9 +20,11 @@ import sparse_marlin
 from sparse_marlin import _core, testing
 from sparse_marlin.info import planner_device
 
-# With stream-K a block that waits for another's sums reads a flag before it is written: not for initcheck. And not for
-# racecheck, which looks at shared memory alone and slows blocks that wait so much that they are not done in minutes.
+# With stream-K a block that waits for another's sums reads a flag before it is written: not for initcheck.
 WITHOUT_STREAM_K = "--without-stream-k"
+# For racecheck, under which launches of many threads that wait for each other take minutes. It looks at shared memory
+# alone, of which few blocks show as much.
+FEW_BLOCKS = "--few-blocks"
 WAYS_AT_ONCE = 4  # of one problem, so that parts are of about the same size
 
 Job = tuple[str, str, Callable[[], int]]  # kind of launch, what it is, returns the number of launches
@@ -122,7 +124,7 @@ def other_cluster(way: Way) -> bool:
     return tile.kernel != "sm80" and tile.share * way[1] != 1
 
 
-def multiplications(stream_k: bool) -> Iterator[Job]:
+def multiplications(stream_k: bool, few_blocks: bool) -> Iterator[Job]:
     """Every tile, activation type, code width and scale mode, with and without a split, on ragged edges; of a kernel in
     larger clusters only one for each activation type."""
     ran = set()
@@ -145,7 +147,11 @@ def multiplications(stream_k: bool) -> Iterator[Job]:
         rows = -(-2 * planner_device().num_sms // -(-tokens // tile.block_m)) + 4  # of tiles, two blocks an SM
         size = (tokens, rows * tile.block_n * tile.share + 8, 192)
         walks = [(i, s) for s in (1, -1)[: 1 + stream_k]]
-        yield from multiplication_jobs(size, kind, accepted(size, kind, walks))
+        if not few_blocks or tile.kernel != "decode" or _core.TILES[i - 1].kernel != "decode":  # the first of them
+            yield from multiplication_jobs(size, kind, accepted(size, kind, walks))
+    # So many columns that rings are refilled several times.
+    size, decode = (11, 72, 8256), [i for i, tile in enumerate(_core.TILES) if tile.kernel == "decode"]
+    yield from multiplication_jobs(size, kind, accepted(size, kind, [(i, s) for i in decode for s in (1, 2)]))
 
 
 def correct(size: tuple[int, int, int, int], dtype: torch.dtype, ways: list[Way]) -> int:
@@ -161,11 +167,11 @@ def correct(size: tuple[int, int, int, int], dtype: torch.dtype, ways: list[Way]
     return len(ways)
 
 
-def corrections() -> Iterator[Job]:
+def corrections(few_blocks: bool) -> Iterator[Job]:
     """The decode kernel with a low-rank correction: every tile, with and without a split, ragged ranks and edges, more
     output tiles than blocks. The workspace, which it reads to see whether something has come, is filled before."""
     sizes = ((3, 200, 320, 24), (11, 72, 640, 72), (9, 140 * 128 + 8, 192, 16))
-    for size, dtype in product(sizes, (torch.float16, torch.bfloat16)):
+    for size, dtype in product(sizes[: 2 if few_blocks else 3], (torch.float16, torch.bfloat16)):
         m, n, k, rank = size
         problem = _core.Problem(m, n, k, 64, 4, str(dtype).removeprefix("torch."))
         ways = []
@@ -182,12 +188,13 @@ def corrections() -> Iterator[Job]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(WITHOUT_STREAM_K, action="store_true", help="all but these")
+    parser.add_argument(FEW_BLOCKS, action="store_true", help="no stream-K, and few of the larger launches")
     parser.add_argument("--part", default="0/1", metavar="I/N", help="every Nth of the launches, from number I on")
     args = parser.parse_args()
     part, parts = (int(number) for number in args.part.split("/"))
     jobs: list[Job] = [
-        *multiplications(not args.without_stream_k),
-        *corrections(),
+        *multiplications(not (args.without_stream_k or args.few_blocks), args.few_blocks),
+        *corrections(args.few_blocks),
         ("packings and unpackings", "", pack_kernels),
         ("imports and exports", "", legacy_kernels),
     ]

@@ -113,15 +113,15 @@ struct DecodeLoader : DecodePlaces<kTile, kMode, kLowRank> {
     ptx::mbarrier_init_fence();
     __syncwarp();
   }
-  // The first round of the ring, before the other warps know of it: copies are served in the order in which they were asked for, and
-  // behind a ring of weights activations would be the last to arrive.
+  // The first chunk, while the other warps ask for their weights: copies are served in the order in which they were asked for, and
+  // behind all weights it would be the last to arrive. Not more than that, since the others wait until this is done.
   __device__ __forceinline__ State begin() const {
     ptx::grid_dependency_wait();
     ptx::grid_launch_dependents();
     State s;
     s.chunk = this->first_chunk();
     begin_tile(s, this->first_tile());
-    for (int i = args.smem.chunks; i > 0 && s.tile < args.tiles; --i) ask(s);
+    if (s.tile < args.tiles) ask(s);
     return s;
   }
   // What the blocks of the cluster will send.
