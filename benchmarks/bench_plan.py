@@ -2,7 +2,7 @@
 
     python benchmarks/bench_plan.py --out benchmarks/results/plan.json
     python benchmarks/bench_plan.py --budget 300 --problems 1000 --cublas
-    python benchmarks/bench_plan.py --budget 240 --cublas --cusparselt
+    python benchmarks/bench_plan.py --budget 240 --chosen-only --cublas --cusparselt
     python benchmarks/bench_plan.py --report benchmarks/results/plan.json  # prints an earlier result; needs no GPU
 
 Problems are the linears of language models from 1B to 405B, whole and as slices of 2, 4 and 8 GPUs, with 1 to 16384
@@ -201,7 +201,10 @@ class Sweep:
     def measure_here(self, tokens: int, shape: Shape) -> dict[str, object]:
         args = self.args
         problem = _core.Problem(tokens, shape.n, shape.k, args.group_size, args.num_bits, args.dtype)
-        plans = candidates(problem, self.device, args.factor, args.most)
+        if args.chosen_only:
+            plans = [_core.plan(problem, self.device)]
+        else:
+            plans = candidates(problem, self.device, args.factor, args.most)
         a, packed = self.pools.acts(tokens, shape.k), self.pools.packed(shape)
         scales = random_scales(shape.n, shape.k, args.group_size, args.num_bits, self.pools.dtype)
         gemm = torch.ops.sparse_marlin._sparse_marlin_gemm_tile
@@ -343,6 +346,7 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=14, help="candidates within the factor, at most")
     parser.add_argument("--cublas", action="store_true", help="time cuBLAS beside")
     parser.add_argument("--cusparselt", action="store_true", help="time cuSPARSELt beside; takes as long again")
+    parser.add_argument("--chosen-only", action="store_true", help="no other plans than the planner's choice")
     parser.add_argument("--search-seconds", type=float, default=0.1, help="the longest of cuSPARSELt's searches")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--report", type=Path, help="print the summary of this JSON file and measure nothing")

@@ -43,6 +43,9 @@ def test_blocks_that_walk_over_output_tiles(cuda, tile, m, rank):
     need_kernel("decode")
     n = 34001
     layer = Corrected(n, 192, rank, 64, device=cuda, bias=True)
+    if not layer.fits(m, tile, 1):
+        assert m > 8, "only many tokens leave a tile no room"
+        pytest.skip("no room beside the factors")
     plan = layer.plan(m, tile, 1)
     tiles = -(-n // _core.TILES[tile].block_n) * -(-m // _core.TILES[tile].block_m)
     assert tiles > plan.grid - plan.lead
