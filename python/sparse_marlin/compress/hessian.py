@@ -12,7 +12,7 @@ import torch
 DAMPING = 0.01  # fraction of the mean diagonal that is added to the diagonal (SparseGPT, GPTQ)
 _DAMPING_LADDER = (1.0, 10.0, 100.0)  # tried in turn when the matrix is not positive definite in float32
 _BLOCKS = 4  # H is symmetric: 4 x 4 blocks, of which the 10 at or below the diagonal are computed
-_BLOCK_ON_CPU = 192  # at most so wide: there smaller blocks are as fast, and less is computed twice
+_BLOCK_ON_CPU = 200  # at most so wide: there smaller blocks are as fast, and less is computed twice
 
 
 class HessianAccumulator:
