@@ -354,7 +354,9 @@ def test_transformers_gets_clear_errors(llama, tmp_path):
 def test_a_dense_model_cannot_be_quantized_by_loading(tmp_path):
     import transformers
 
-    from sparse_marlin.hf import SparseMarlinConfig
+    from sparse_marlin.hf import SparseMarlinConfig, register
+
+    register()  # whatever tests before this one did to the modules that transformers imports late
 
     config = transformers.LlamaConfig(
         hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=32

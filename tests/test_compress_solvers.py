@@ -9,11 +9,20 @@ import pytest
 import torch
 
 from sparse_marlin import _core
+from sparse_marlin.compress import descent
 from sparse_marlin.compress.admm import joint_codes, sparse_weights
 from sparse_marlin.compress.correction import corrected, low_rank
 from sparse_marlin.compress.descent import descend
 from sparse_marlin.compress.hessian import Hessian, HessianAccumulator, output_error
-from sparse_marlin.compress.problem import Problem, Solution, clipped_scales, keep_two, refit_scales, rounded
+from sparse_marlin.compress.problem import (
+    Problem,
+    Solution,
+    clipped_scales,
+    keep_about_two,
+    keep_two,
+    refit_scales,
+    rounded,
+)
 from sparse_marlin.compress.solvers import QUALITIES, SOLVERS
 from sparse_marlin.quantize import code_range
 from sparse_marlin.testing.baselines import gptq_int4, old_recipe, sparsegpt_24
@@ -342,3 +351,51 @@ def test_correction_takes_more_than_its_share_of_the_error():
         errors.append(squared_error(found.values(problem) + low.t(), weight, other))
     assert errors[0] < 0.75 * plain
     assert errors[1] < 0.9 * errors[0]
+
+
+# --- what the CPU has operators for -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size_n", [1, 8, 37, 200])  # whole vectors and less, one task and several
+@pytest.mark.parametrize("bits", [4, 8])
+def test_descent_of_the_cpu_is_that_of_the_gpu(size_n, bits):
+    problem = small(size_k=64, size_n=size_n, num_bits=bits)
+    matrix, scale = problem.hessian.damped, 0.02
+    codes = (problem.target / scale).round().clamp_(*problem.limits)
+    codes *= keep_two(codes.abs())
+    gradient = matrix @ (codes - problem.target / scale)
+    here, there, moved = codes.clone(), codes.clone(), torch.full_like(codes, torch.nan)
+    wanted = descent._pattern_block(problem.limits, matrix, gradient.clone(), there)
+    torch.ops.sparse_marlin._descend_quads(matrix, gradient, here, moved, *problem.limits, descent._MARGIN)
+    assert torch.equal(moved, here - codes)
+    # Products are summed in another order: a near tie may go the other way, and what follows it in its column.
+    assert (here == there).all(0).float().mean() >= (0.9 if size_n > 8 else 1.0)
+    assert torch.equal(wanted, there - codes)
+
+
+@pytest.mark.parametrize("size_n", [1, 8, 37, 4100])
+@pytest.mark.parametrize("free", [True, False])
+def test_projection_of_the_cpu_is_that_of_the_gpu(size_n, free):
+    torch.manual_seed(0)
+    sought, target = torch.randn(2, 64, size_n)
+    step = None if free else torch.rand(64, size_n) + 0.05
+    nearest = sought if free else (sought / step).round().clamp(-8, 7) * step
+    projected = nearest * keep_about_two((2 * sought - nearest) * nearest)
+    carried, behind = torch.full((2, 64, size_n), torch.nan)
+    torch.ops.sparse_marlin._project_quads(sought, target, step, carried, behind, 0.7, -8, 7)
+    wanted = target + 0.7 * (sought - projected)
+    torch.testing.assert_close(carried, wanted)
+    torch.testing.assert_close(behind, projected - wanted)
+
+
+def test_operators_of_the_solvers_refuse_what_they_cannot_read():
+    whole = torch.zeros(8, 4)
+    for wrong, message in [
+        (torch.zeros(6, 4), "sought: expected whole quads"),
+        (torch.zeros(4, 8).t(), "sought: expected rows without gaps"),
+        (torch.zeros(8, 4, dtype=torch.float64), "sought: expected dtype float32"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"_project_quads: {message}"):
+            torch.ops.sparse_marlin._project_quads(wrong, whole, None, whole.clone(), whole.clone(), 1.0, -8, 7)
+    with pytest.raises(RuntimeError, match=r"_descend_quads: matrix: expected shape \[8, 8\]"):
+        torch.ops.sparse_marlin._descend_quads(whole, whole, whole.clone(), whole.clone(), -8, 7, 0.0)

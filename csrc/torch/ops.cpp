@@ -85,6 +85,13 @@ STABLE_TORCH_LIBRARY(sparse_marlin, m) {
       "_sparse_marlin_gemm_low_rank_by(Tensor a, Tensor weight_packed, Tensor scales, Tensor down, Tensor up, "
       "int group_size, int num_bits, Tensor? bias, int tile, int splits, bool dependent=True) -> Tensor");
   m.def("_cpu_isa() -> str");
+  // Inner loops of compression, on a CPU (ops_solve.cpp).
+  m.def(
+      "_descend_quads(Tensor matrix, Tensor gradient, Tensor(a!) codes, Tensor(b!) moved, int low, int high, "
+      "float margin) -> ()");
+  m.def(
+      "_project_quads(Tensor sought, Tensor target, Tensor? step, Tensor(a!) carried, Tensor(b!) behind, float ratio, "
+      "int low, int high) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_marlin, CPU, m) {

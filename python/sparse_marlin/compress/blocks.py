@@ -313,6 +313,7 @@ class FinishedParts:
         self._left = limit  # bytes that may still be kept
         self._endings: dict[nn.Module, Group] = {}
         self._inputs: dict[nn.Module, dict[int, torch.Tensor]] = {}  # of last linears: by child and batch
+        self._outputs: dict[nn.Module, dict[int, torch.Tensor]] = {}  # of the same
         self._kept: dict[nn.Module, dict[tuple[int, int], Any]] = {}  # by batch and call in it
         self._calls: dict[nn.Module, int] = {}
         self._batch = 0
@@ -326,6 +327,14 @@ class FinishedParts:
             self._left -= size
             self._endings[group.ending.child] = group
             self._inputs.setdefault(group.ending.child, {})[self._batch] = inputs
+
+    def keep_output(self, group: Group, output: torch.Tensor) -> None:
+        """What the linear that ends a child returns, in this batch, where that is known already."""
+        size = _nbytes(output)
+        if group.ending is not None and size <= self._left:
+            self._left -= size
+            self._endings[group.ending.child] = group
+            self._outputs.setdefault(group.ending.child, {})[self._batch] = output
 
     def finish(self, done: set[str], *, again: bool) -> None:
         """`done` linears are compressed: from the next pass on keep what their children return, if there are passes
@@ -345,17 +354,23 @@ class FinishedParts:
         self._patched.close()
         self._kept.clear()
         self._inputs.clear()
+        self._outputs.clear()
 
     def _wrap(self, child: nn.Module) -> Callable[..., Any]:
         real = child.forward
-        kept, inputs, group = self._kept[child], self._inputs.get(child, {}), self._endings.get(child)
+        kept, group = self._kept[child], self._endings.get(child)
+        inputs, outputs = self._inputs.get(child, {}), self._outputs.get(child, {})
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             key = (self._batch, self._calls.get(child, 0))
             self._calls[child] = key[1] + 1
             if key in kept:
                 return kept[key]
-            if group is not None and group.ending is not None and self._batch in inputs:
+            if group is not None and group.ending is not None and self._batch in outputs:
+                last = outputs.pop(self._batch)
+                self._left += _nbytes(last)
+                out = group.ending.output(last)
+            elif group is not None and group.ending is not None and self._batch in inputs:
                 last = inputs.pop(self._batch)
                 self._left += _nbytes(last)
                 out = group.ending.output(group.linears[0].module(last))

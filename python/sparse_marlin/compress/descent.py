@@ -23,7 +23,7 @@ _MARGIN = 1e-6  # relative: less than this is rounding, not progress
 
 def descend(problem: Problem, solution: Solution, sweeps: int) -> Solution:
     """`sweeps` sweeps over all columns: patterns and codes, or codes alone where the problem fixes the pattern."""
-    codes, damped = solution.codes.clone(), problem.hessian.damped
+    codes, damped = solution.codes.clone(memory_format=torch.contiguous_format), problem.hessian.damped
     gradient = damped @ (solution.values(problem) - problem.target)
     size = min(_BLOCK, problem.width)
     for _ in range(sweeps):
@@ -31,7 +31,10 @@ def descend(problem: Problem, solution: Solution, sweeps: int) -> Solution:
         for start in range(0, problem.size_k, size):
             block, scale = slice(start, min(start + size, problem.size_k)), solution.scales[start // problem.width]
             own, slope = damped[block, block], gradient[block] / scale
-            if problem.mask is None:
+            if problem.mask is None and codes.is_cpu:
+                moved = torch.empty_like(slope)
+                torch.ops.sparse_marlin._descend_quads(own, slope, codes[block], moved, *problem.limits, _MARGIN)
+            elif problem.mask is None:
                 moved = _pattern_block(problem.limits, own, slope, codes[block])
             else:
                 moved = _code_block(problem.limits, own, slope, codes[block], problem.mask[block])
@@ -42,7 +45,10 @@ def descend(problem: Problem, solution: Solution, sweeps: int) -> Solution:
 def _pattern_block(
     limits: tuple[int, int], matrix: torch.Tensor, gradient: torch.Tensor, codes: torch.Tensor
 ) -> torch.Tensor:
-    """Visit the quads of a block; `codes` and `gradient` change in place, the change of the codes is returned."""
+    """Visit the quads of a block; `codes` and `gradient` change in place, the change of the codes is returned.
+
+    The CPU has an operator for it (csrc/cpu/solve.cpp): these operations are too small to be worth starting there.
+    """
     low, high = limits
     table = _pair_table(matrix)
     moved = torch.empty_like(codes)

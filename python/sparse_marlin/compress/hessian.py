@@ -12,6 +12,7 @@ import torch
 DAMPING = 0.01  # fraction of the mean diagonal that is added to the diagonal (SparseGPT, GPTQ)
 _DAMPING_LADDER = (1.0, 10.0, 100.0)  # tried in turn when the matrix is not positive definite in float32
 _BLOCKS = 4  # H is symmetric: 4 x 4 blocks, of which the 10 at or below the diagonal are computed
+_BLOCK_ON_CPU = 200  # at most so wide: there smaller blocks are as fast, and less is computed twice
 
 
 class HessianAccumulator:
@@ -31,6 +32,8 @@ class HessianAccumulator:
         total = self.tokens + count
         size_k = rows.shape[1]
         step = -(-size_k // _BLOCKS)
+        if rows.device.type == "cpu":
+            step = min(step, _BLOCK_ON_CPU)
         rows = rows if _exact(rows) else rows.float()
         for start in range(0, size_k, step):
             end = min(start + step, size_k)

@@ -26,7 +26,7 @@ from .blocks import Block, Call, FinishedParts, Group, GroupHook, run_block, sha
 from .correction import corrected
 from .hessian import Hessian, HessianAccumulator, output_error
 from .problem import Problem, Solution
-from .reference import Reference, ReferenceInputs, followed
+from .reference import Gap, Reference, ReferenceInputs, followed
 from .solvers import DEFAULT_QUALITY, Solver
 from .state import State, dense_twin
 from .sweep import joint_sweep
@@ -207,7 +207,7 @@ class BlockRun:
         return list(sets.values())
 
     def _solve(
-        self, linears: list[Candidate], hessian: Hessian, gap: torch.Tensor | None, bars: TwoBars, start: float
+        self, linears: list[Candidate], hessian: Hessian, gap: Gap | None, bars: TwoBars, start: float
     ) -> dict[str, Replacement | str]:
         settings = self.settings
         weights = [candidate.weight for candidate in linears]

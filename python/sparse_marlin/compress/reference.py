@@ -54,7 +54,11 @@ class Reference:
 
 
 class ReferenceInputs:
-    """The running mean of x^ x^T over the tokens, for x^ of the compressed block and x of the dense one."""
+    """The running mean over the tokens of x^ x^T, for x^ of the compressed block and x of the dense one.
+
+    A target needs its product with the dense weight alone, x^ (W x)^T. Where W has fewer rows than columns and W x is
+    computed anyway, that is the smaller product. (In 16 bits W x is rounded, x is not.)
+    """
 
     def __init__(self, reference: Reference, group: Group) -> None:
         self._parts, self._module, self._group = reference._parts, reference.block.module, group
@@ -62,11 +66,21 @@ class ReferenceInputs:
         self._sum: torch.Tensor | None = None
         self._tokens = 0
         self._comparable = True
+        weight = group.linears[0].weight
+        self._of_outputs = (
+            group.ending is not None and weight.shape[0] < weight.shape[1] and weight.dtype == torch.float32
+        )
         self._hook = GroupHook(group, self._take)
 
     def _take(self, inputs: torch.Tensor) -> None:
-        self._seen = inputs
-        self._parts.keep_inputs(self._group, inputs)
+        if not self._of_outputs:
+            self._seen = inputs
+            self._parts.keep_inputs(self._group, inputs)
+            return
+        linear = self._group.linears[0].module
+        assert isinstance(linear, torch.nn.Linear)
+        self._seen = torch.nn.functional.linear(inputs, linear.weight)
+        self._parts.keep_output(self._group, self._seen if linear.bias is None else self._seen + linear.bias)
 
     def add(self, number: int, hidden: torch.Tensor, call: Call, seen: list[torch.Tensor]) -> None:
         """`seen` is what the compressed block's linears were given for batch `number`: one tensor, or nothing."""
@@ -76,7 +90,7 @@ class ReferenceInputs:
         self._hook.run(self._module, hidden, call)
         dense, self._seen = self._seen, None
         # Tokens that are routed otherwise than in the compressed model (experts) have nothing to be compared with.
-        if dense is None or not seen or dense.shape != seen[0].shape or dense.shape[:2] != hidden.shape[:2]:
+        if dense is None or not seen or dense.shape[:-1] != seen[0].shape[:-1] or dense.shape[:2] != hidden.shape[:2]:
             self._comparable, self._sum = False, None
             return
         rows, others = (tensor.detach().reshape(-1, tensor.shape[-1]) for tensor in (seen[0], dense))
@@ -85,14 +99,28 @@ class ReferenceInputs:
         self._sum = products if self._sum is None else products.add_(self._sum, alpha=self._tokens / total)
         self._tokens = total
 
-    def gap(self, hessian: Hessian) -> torch.Tensor | None:
-        """The mean of x^ (x - x^)^T [K, K]; None where the two models' tokens cannot be compared."""
-        return None if self._sum is None else self._sum.sub_(hessian.exact)
+    def gap(self, hessian: Hessian) -> Gap | None:
+        """None where the two models' tokens cannot be compared."""
+        if self._sum is None:
+            return None
+        return Gap(self._sum, True) if self._of_outputs else Gap(self._sum.sub_(hessian.exact), False)
 
     def remove(self) -> None:
         self._hook.remove()
 
 
-def followed(target: torch.Tensor, hessian: Hessian, gap: torch.Tensor, share: float) -> torch.Tensor:
+@dataclasses.dataclass
+class Gap:
+    """What the compressed model's inputs lack: the mean of x^ (x - x^)^T [K, K], or that of x^ (W x)^T [K, R]."""
+
+    mean: torch.Tensor
+    of_outputs: bool
+
+    def times(self, target: torch.Tensor, hessian: Hessian) -> torch.Tensor:
+        """The mean of x^ (x - x^)^T W^T for the dense weights `target` = W^T."""
+        return self.mean - hessian.exact @ target if self.of_outputs else self.mean @ target
+
+
+def followed(target: torch.Tensor, hessian: Hessian, gap: Gap, share: float) -> torch.Tensor:
     """The target [K, R] that makes good `share` of what the inputs lack, for the dense weights `target`."""
-    return torch.add(target, torch.cholesky_solve(gap @ target, hessian.lower), alpha=share)
+    return torch.add(target, torch.cholesky_solve(gap.times(target, hessian), hessian.lower), alpha=share)
