@@ -27,7 +27,7 @@ constexpr int64_t kMaxWorkspaceBytes = int64_t{1} << 30;
 // What plan() tries; plan_with_tile takes any up to kMaxSplits. In the kernels for Hopper the splits are blocks of a cluster.
 constexpr int kSplitsSm80[] = {1, 2, 3, 4, 6, 8, 12, 16};
 constexpr int kSplitsSm90[] = {-1, -2, 1, 2, 3, 4, 5, 6, 7, 8};
-constexpr int kSplitsDecode[] = {1, 2, 4, 8};  // odd ones were never much better, and often worse
+constexpr int kSplitsDecode[] = {1, 2, 3, 4, 6, 8};
 constexpr int kMaxSplits = 16;
 constexpr double kProductsUs = 12;  // two dense products of few tokens, measured on an H100, whatever the layer
 // Stream-K: of more rounds the last one is less than a fifth, and what blocks at different column tiles read again costs as much.
