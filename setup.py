@@ -23,8 +23,15 @@ MIN_ARCH = 80
 # Native code for 8.0 (8.6 and 8.9 run it) and 9.0a (wgmma exists there only), PTX for every later GPU.
 DEFAULT_ARCHS = "8.0+PTX;9.0a"
 HOST_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
-NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
-NVCC_FLAGS += ["-Xfatbin=-compress-all"]  # a fifth of the size: 47 MB -> 9 MB, most of it line tables
+NVCC_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fvisibility=hidden",
+    "-Xfatbin=-compress-all",
+]
+if os.environ.get("SPARSE_MARLIN_LINE_INFO", "0") not in ("", "0"):
+    NVCC_FLAGS.append("-lineinfo")  # the machine code is the same; its tables are two thirds of the library
 
 
 def say(text: str) -> None:

@@ -32,7 +32,6 @@ inline constexpr std::array kTilesDecode{
     TileDecode{8, 1, 1, 8, 2, 2},  TileDecode{8, 2, 1, 8, 1, 2},  TileDecode{8, 2, 1, 12, 1, 2},
     TileDecode{8, 2, 2, 4, 2, 2},  TileDecode{8, 4, 2, 4, 1, 2},  TileDecode{16, 1, 1, 8, 1, 2},
     TileDecode{16, 2, 1, 8, 1, 2}, TileDecode{16, 2, 2, 4, 1, 2}, TileDecode{16, 2, 4, 2, 1, 2},
-    TileDecode{8, 2, 1, 8, 2, 2},
 };
 inline constexpr int kMaxSplitsDecode = 8;  // a cluster has at most so many blocks
 
