@@ -100,11 +100,14 @@ def shapes() -> list[Shape]:
     return list(found.values())
 
 
-def problems(count: int) -> list[tuple[int, Shape]]:
+def problems(count: int, models: list[str]) -> list[tuple[int, Shape]]:
     """(tokens, shape), in rounds of one problem for each number of tokens; the same ones in every run."""
     draw = random.Random(0)
-    decks = {m: draw.sample(shapes(), len(shapes())) for m in TOKENS}
-    rounds = [[(m, decks[m][i]) for m in TOKENS] for i in range(len(shapes()))]
+    wanted = [shape for shape in shapes() if not models or any(shape.name.startswith(model) for model in models)]
+    if models:
+        wanted = [shape for shape in wanted if " / " not in shape.name]
+    decks = {m: draw.sample(wanted, len(wanted)) for m in TOKENS}
+    rounds = [[(m, decks[m][i]) for m in TOKENS] for i in range(len(wanted))]
     for one in rounds:
         draw.shuffle(one)
     return [problem for one in rounds for problem in one][:count]
@@ -342,6 +345,7 @@ def main() -> int:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--budget", type=float, default=90.0, help="seconds of measuring, without set-up")
     parser.add_argument("--problems", type=int, default=330, help="at most so many")
+    parser.add_argument("--models", nargs="+", default=[], choices=list(MODELS), help="only these, and no slices")
     parser.add_argument("--factor", type=float, default=1.6, help="predicted time over the best one, of candidates")
     parser.add_argument("--most", type=int, default=14, help="candidates within the factor, at most")
     parser.add_argument("--cublas", action="store_true", help="time cuBLAS beside")
@@ -362,7 +366,7 @@ def main() -> int:
         sweep = Sweep(args)
         sweep.measure(256, shapes()[0])  # warms up
         end = time.monotonic() + args.budget
-        wanted = problems(args.problems)
+        wanted = problems(args.problems, args.models)
         for tokens, shape in wanted:
             if time.monotonic() > end:
                 break
