@@ -3,9 +3,9 @@
     python tools/sanitize.py                          # all four tools at once
     python tools/sanitize.py racecheck                # one of them; the others' records of the same commit stay
 
-What they run is tools/sanitize_launches.py. Warnings of racecheck are told and recorded, but are no failure: it has some
-of which docs/KERNEL_SM90.md tells why nothing is wrong. Fails without a GPU. COMPUTE_SANITIZER names the program where it is not
-on the path.
+What they run is tools/sanitize_launches.py. Warnings of racecheck are told and recorded, but are no failure: there are
+some that docs/KERNEL_SM90.md explains. Fails without a GPU. COMPUTE_SANITIZER names the program where it is not on the
+path.
 """
 
 import argparse
