@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from test_gemm_cuda import assert_same_on_gpu, need_kernel
+from test_launch_cuda import check_chain
 from test_low_rank import CASES, HALVES, NAME, OP, OTHERS, SPLITS, TILES, Corrected
 
 from sparse_marlin import _core
@@ -167,25 +168,7 @@ def test_a_chain_of_dependent_launches(cuda, m):
     def start(seed: int) -> torch.Tensor:
         return smt.activations(m, 1024, dtype=torch.float16, seed=seed, device=cuda).mul(0.1)
 
-    static = start(0)
-    run(static, True)
-    torch.cuda.synchronize()
-    graphs = []
-    for dependent in (True, False):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = run(static, dependent)
-        graphs.append((graph, out))
-    for replay in range(20):
-        if replay % 5 == 0:
-            static.copy_(start(replay))
-            wanted = run(static, False, torch.cuda.synchronize)
-            assert wanted.isfinite().all()
-            torch.cuda._sleep(10_000_000)  # so that calls queue up and follow each other without a gap
-            assert_same_on_gpu(run(static, True), wanted, "eager, dependent")
-        for (graph, out), name in zip(graphs, ("dependent", "not dependent"), strict=True):
-            graph.replay()
-            assert_same_on_gpu(out, wanted, f"graph, {name}, replay {replay}")
+    check_chain(run, start)
 
 
 @pytest.mark.gpu

@@ -81,9 +81,9 @@ def run_part(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def clean(done: dict[str, Any]) -> bool:
-    only_warnings = re.findall(r"\((\d+) errors", done["summary"])
+    errors = re.findall(r"\((\d+) errors", done["summary"])
     return done["exit_status"] == 0 or (
-        done["exit_status"] == REPORTED and "none" not in done["summary"] and set(only_warnings) == {"0"}
+        done["exit_status"] == REPORTED and "none" not in done["summary"] and set(errors) == {"0"}
     )
 
 

@@ -322,19 +322,18 @@ class FinishedParts:
 
     def keep_inputs(self, group: Group, inputs: torch.Tensor) -> None:
         """The inputs of a group that ends a child, in this batch."""
-        size = _nbytes(inputs)
-        if group.ending is not None and size <= self._left:
-            self._left -= size
-            self._endings[group.ending.child] = group
-            self._inputs.setdefault(group.ending.child, {})[self._batch] = inputs
+        self._keep(self._inputs, group, inputs)
 
     def keep_output(self, group: Group, output: torch.Tensor) -> None:
         """What the linear that ends a child returns, in this batch, where that is known already."""
-        size = _nbytes(output)
+        self._keep(self._outputs, group, output)
+
+    def _keep(self, kept: dict[nn.Module, dict[int, torch.Tensor]], group: Group, value: torch.Tensor) -> None:
+        size = _nbytes(value)
         if group.ending is not None and size <= self._left:
             self._left -= size
             self._endings[group.ending.child] = group
-            self._outputs.setdefault(group.ending.child, {})[self._batch] = output
+            kept.setdefault(group.ending.child, {})[self._batch] = value
 
     def finish(self, done: set[str], *, again: bool) -> None:
         """`done` linears are compressed: from the next pass on keep what their children return, if there are passes
@@ -366,14 +365,11 @@ class FinishedParts:
             self._calls[child] = key[1] + 1
             if key in kept:
                 return kept[key]
-            if group is not None and group.ending is not None and self._batch in outputs:
-                last = outputs.pop(self._batch)
+            known = self._batch in outputs
+            if group is not None and group.ending is not None and (known or self._batch in inputs):
+                last = (outputs if known else inputs).pop(self._batch)
                 self._left += _nbytes(last)
-                out = group.ending.output(last)
-            elif group is not None and group.ending is not None and self._batch in inputs:
-                last = inputs.pop(self._batch)
-                self._left += _nbytes(last)
-                out = group.ending.output(group.linears[0].module(last))
+                out = group.ending.output(last if known else group.linears[0].module(last))
             else:
                 out = real(*args, **kwargs)
             size = _nbytes(out)
