@@ -77,10 +77,48 @@ struct LowRankProject {
     __syncwarp();
   }
 
+  // d += the warp's units: all their operands that the registers hold are asked for before the first is used, `down` before the wait
+  // for the kernel before, on which it does not depend.
+  template <int kUnits, bool kMore>
+  static __device__ __forceinline__ void walk(float (&d)[2][4], int unit, int last, const char* down, const char* acts,
+                                              const char* more) {
+    constexpr int kStep = kWarps * kProjectCols * kActBytes;
+    bool waited = false;
+#pragma unroll 1
+    for (; unit < last; unit += kUnits * kWarps) {
+      Operands o[kUnits];
+#pragma unroll
+      for (int i = 0; i < kUnits; ++i) {
+        o[i].down = {};
+        if (unit + i * kWarps < last) o[i].down = ptx::load_global_v4(down + i * kStep);
+      }
+      if (!waited) begin();
+      waited = true;
+#pragma unroll
+      for (int i = 0; i < kUnits; ++i) {
+        o[i].acts[0] = o[i].acts[1] = {};
+        if (unit + i * kWarps < last) {
+          o[i].acts[0] = ptx::load_global_v4(acts + i * kStep);
+          if (kMore) o[i].acts[1] = ptx::load_global_v4(more + i * kStep);
+        }
+      }
+      down += kUnits * kStep;
+      acts += kUnits * kStep;
+      more += kUnits * kStep;
+#pragma unroll
+      for (int i = 0; i < kUnits; ++i) multiply(d, o[i]);
+    }
+    if (!waited) begin();
+  }
+  static __device__ __forceinline__ void begin() {
+    ptx::grid_dependency_wait();
+    ptx::grid_launch_dependents();
+  }
+
   static __device__ __forceinline__ void project(const KernelArgsDecode& args, float4* sums, int warp, int lane,
                                                  int first, int last, int rank0, const char* down, int64_t row_bytes) {
     const int g = lane / format::kLanesPerRow, c = lane % format::kLanesPerRow;
-    constexpr int kUnitBytes = kProjectCols * kActBytes, kStep = kWarps * kUnitBytes;
+    constexpr int kUnitBytes = kProjectCols * kActBytes;
     const int tokens = args.gemm.m;
     // tokens that do not exist: the last one again, their sums are not used
     const int64_t at = (first + warp) * int64_t{kUnitBytes} + c * int64_t{sizeof(uint4)};
@@ -91,33 +129,10 @@ struct LowRankProject {
     const bool more = tokens > kMmaTokens;
 
     float d[2][4] = {};
-    uint4 next[kAtOnce];
-    const auto load_down = [&](int unit) {
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        next[i] = {};
-        if (unit + i * kWarps < last) next[i] = ptx::load_global_v4(down_from + i * kStep);
-      }
-      down_from += kAtOnce * kStep;
-    };
-    load_down(first + warp);  // depends on no kernel before this one
-    ptx::grid_dependency_wait();
-    ptx::grid_launch_dependents();
-    for (int unit = first + warp; unit < last; unit += kAtOnce * kWarps) {
-      Operands o[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const bool exists = unit + i * kWarps < last;
-        o[i].down = next[i];
-        o[i].acts[0] = o[i].acts[1] = {};
-        if (exists) o[i].acts[0] = ptx::load_global_v4(acts_from + i * kStep);
-        if (exists && more) o[i].acts[1] = ptx::load_global_v4(more_from + i * kStep);
-      }
-      acts_from += kAtOnce * kStep;
-      more_from += kAtOnce * kStep;
-      load_down(unit + kAtOnce * kWarps);
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) multiply(d, o[i]);
+    if (more) {
+      walk<kAtOnce, true>(d, first + warp, last, down_from, acts_from, more_from);
+    } else {
+      walk<2 * kAtOnce, false>(d, first + warp, last, down_from, acts_from, more_from);
     }
     sums[warp * format::kLanes + lane] = {d[0][0] + d[1][0], d[0][1] + d[1][1], d[0][2] + d[1][2], d[0][3] + d[1][3]};
   }
@@ -257,7 +272,7 @@ struct LowRankExpand : LowRankPlaces<kTile, kMode> {
 #pragma unroll 1
     for (int i = first * int{sizeof(float4)}; i < this->share_bytes(); i += kThreads * int{sizeof(float4)}) {
       float4 sum = {};
-#pragma unroll 1
+#pragma unroll 4
       for (int share = 0; share < 1 << args.low.shares_log2; ++share) {
         const uint4 v = ptx::load_shared_v4(this->shares() + share * this->share_bytes() + i);
         sum = {sum.x + __uint_as_float(v.x), sum.y + __uint_as_float(v.y), sum.z + __uint_as_float(v.z),
