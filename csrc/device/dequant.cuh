@@ -53,6 +53,9 @@ struct Pair<__half> {
   static __device__ __forceinline__ float to_float(uint32_t v) {
     return __half2float(__ushort_as_half(static_cast<uint16_t>(v)));
   }
+  static __device__ __forceinline__ float high_to_float(uint32_t v) {
+    return __high2float(*reinterpret_cast<const __half2*>(&v));
+  }
   static constexpr uint32_t kOne = 0x3C003C00;
 };
 
@@ -67,6 +70,7 @@ struct Pair<__nv_bfloat16> {  // sm_80 has the fused form alone
   static __device__ __forceinline__ uint32_t mul(uint32_t a, uint32_t b) { return fma(a, b, 0x80008000); }
   static __device__ __forceinline__ uint32_t broadcast(uint32_t v) { return __byte_perm(v, 0, 0x1010); }
   static __device__ __forceinline__ float to_float(uint32_t v) { return __uint_as_float(v << 16); }
+  static __device__ __forceinline__ float high_to_float(uint32_t v) { return __uint_as_float(v & 0xffff0000); }
   static constexpr uint32_t kOne = 0x3F803F80;
 };
 

@@ -23,18 +23,35 @@ struct LowRankArgs {
   int num_readers;  // blocks that read the sums
 };
 
+// What a warp must know to ask for its first weights, in one line of the constant cache: at the start of a launch each line takes hundreds
+// of clocks to come.
+struct DecodeStart {
+  const char* weights;
+  uint32_t row_copies;  // between two rows of row tiles, in copies of 16 bytes
+  int last_row_tile;
+  int tiles_m;
+  uint32_t tiles_m_inverse;  // 2^32 / tiles_m, rounded up; 0 where there is one
+  int tiles;                 // output tiles
+  int cols;                  // 128-column tiles of k
+  int turns;                 // of a warp
+  int col_step;              // column tiles that the warps along k of all splits take together
+  int splits;
+  int stages;        // of a warp's ring
+  int ring;          // in shared memory: of the first warp
+  int weights_full;  // its barriers
+};
+static_assert(sizeof(DecodeStart) <= 64);
+
 struct KernelArgsDecode {
+  DecodeStart start;
   KernelArgs gemm;
   CUtensorMap acts_map;    // [k / 64][m][64], box: the tokens and columns of a chunk
   CUtensorMap scales_map;  // [groups, n], box: groups of a chunk x block_n features; unset where channelwise
   CUtensorMap up_map;      // [n, rank], box: block_n features x 64 ranks; unset without a correction
   SmemDecode smem;
-  int tiles;        // output tiles
-  int cols;         // 128-column tiles of k
-  int turns;        // of a warp
-  int col_step;     // column tiles that the warps along k of all splits take together
-  uint32_t zero;    // 0, which the compiler must not know (run in mainloop_decode.cuh)
-  LowRankArgs low;  // for the kernels with a correction
+  uint64_t weights_policy;  // of L2
+  uint32_t zero;            // 0, which the compiler must not know (run in mainloop_decode.cuh)
+  LowRankArgs low;          // for the kernels with a correction
 };
 
 }  // namespace sparse_marlin::device

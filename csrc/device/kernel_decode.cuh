@@ -133,7 +133,7 @@ struct DecodeEpilogue {
       meet();
       // all warps have read their rows of the correction's factor
       if constexpr (kLowRank) {
-        if (pass == 0 && threadIdx.x == 0 && tile + warp.step() < args.tiles)
+        if (pass == 0 && threadIdx.x == 0 && tile + warp.step() < args.start.tiles)
           LowRankPlaces<kTile, kMode>{{args, warp.smem}}.ask_up(tile + warp.step());
       }
       if (split) {
@@ -186,8 +186,8 @@ __global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(),
                   lane,
                   warp % kTile.warps_n,
                   warp / kTile.warps_n,
-                  smem + args.smem.weights + warp * args.smem.stages * Warp::kStageBytes,
-                  smem + args.smem.weights_full + warp * args.smem.stages * kBarrierBytes};
+                  smem + args.start.ring + warp * args.start.stages * Warp::kStageBytes,
+                  smem + args.start.weights_full + warp * args.start.stages * kBarrierBytes};
   typename Loader::State asked;
   typename Warp::State state;
   typename Warp::Places places;
@@ -195,7 +195,6 @@ __global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(),
     if (asks) ptx::prefetch_map(&args.acts_map);
     if (asks && Loader::kScaled) ptx::prefetch_map(&args.scales_map);
     if (asks && kLowRank) ptx::prefetch_map(&args.up_map);
-    loader.init_barriers(lane);
     if constexpr (kLowRank) {
       if (asks && LowRankPlaces<kTile, kMode>::corrects()) LowRankPlaces<kTile, kMode>{{args, smem}}.begin();
     }
@@ -225,7 +224,7 @@ __global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(),
   ptx::grid_dependency_wait();  // the output may still be in use by the kernel before
   const End end{args, mine};
   typename Warp::Sums sums;
-  for (int tile = mine.first_tile(); tile < args.tiles; tile += mine.step()) {
+  for (int tile = mine.first_tile(); tile < args.start.tiles; tile += mine.step()) {
     mine.run(sums, state, places);
     const BlockWork work = mine.work(tile);
     if constexpr (kLowRank)

@@ -44,18 +44,27 @@ struct DecodePlaces {
   // Where k is split, a cluster works on one output tile, and its blocks share out the column tiles of a turn; otherwise a block is a
   // cluster of its own, and walks over output tiles.
   __device__ __forceinline__ int first_tile() const {
-    if constexpr (kLowRank) return ptx::cluster_id() - args.low.lead_clusters;
-    return ptx::cluster_id();
+    const int cluster = args.start.splits == 1 ? static_cast<int>(blockIdx.x) : ptx::cluster_id();
+    if constexpr (kLowRank) return cluster - args.low.lead_clusters;
+    return cluster;
   }
   // From one output tile of a block to its next.
   __device__ __forceinline__ int step() const {
     if constexpr (kLowRank) return args.low.step;
     return gridDim.x;
   }
-  static __device__ __forceinline__ int first_col() { return ptx::cluster_block() * kTile.warps_k; }
+  __device__ __forceinline__ int first_col() const {
+    return args.start.splits == 1 ? 0 : ptx::cluster_block() * kTile.warps_k;
+  }
 
+  // The token tiles of the same features are neighbours, so that weights are read from memory once.
   __device__ __forceinline__ BlockWork work(int tile) const {
-    return block_work(tile, args.gemm.tiles_m, args.gemm.tiles_n, 1, args.cols);
+    BlockWork w{0, tile, 0, 0, args.start.cols};
+    if (args.start.tiles_m > 1) {
+      w.tile_n = __umulhi(tile, args.start.tiles_m_inverse);
+      w.tile_m = tile - w.tile_n * args.start.tiles_m;
+    }
+    return w;
   }
   __device__ __forceinline__ RingPlace first_chunk() const { return {smem, smem + args.smem.chunk_full}; }
   __device__ __forceinline__ void advance(RingPlace& chunk) const {
@@ -83,12 +92,12 @@ struct DecodeLoader : DecodePlaces<kTile, kMode, kLowRank> {
   };
   __device__ __forceinline__ void begin_tile(State& s, int tile) const {
     s.tile = tile;
-    if (tile >= args.tiles) return;
+    if (tile >= args.start.tiles) return;
     const BlockWork work = this->work(tile);
     s.token0 = work.tile_m * kTile.block_m;
     s.feature0 = work.tile_n * kTile.block_n();
     s.col = this->first_col();
-    s.left = args.turns * kTile.turn_cols;
+    s.left = args.start.turns * kTile.turn_cols;
   }
   __device__ __forceinline__ void ask(State& s) const {
     // boxes are always whole: what is past the end arrives as zeros
@@ -99,30 +108,31 @@ struct DecodeLoader : DecodePlaces<kTile, kMode, kLowRank> {
                        s.col * format::kTileCols >> args.gemm.group_shift, s.chunk.barrier);
     }
     this->advance(s.chunk);
-    s.col += args.col_step;
+    s.col += args.start.col_step;
     if (--s.left == 0) begin_tile(s, s.tile + this->step());
   }
 
-  // Its barriers; all lanes.
-  __device__ __forceinline__ void init_barriers(int lane) const {
-    if (lane < args.smem.chunks) {
-      const uint32_t full = smem + args.smem.chunk_full + lane * kBarrierBytes;
+  // One thread's. The first chunk, while the other warps ask for their weights: copies are served in the order in which they were
+  // asked for, and behind all weights it would be the last to arrive. Not more than that, since the others wait until this is done.
+  __device__ __forceinline__ State begin() const {
+    State s;
+    s.chunk = this->first_chunk();
+    init_barriers(s.chunk.barrier, 1);
+    ptx::mbarrier_init_fence();
+    begin_tile(s, this->first_tile());
+    ptx::grid_dependency_wait();
+    ptx::grid_launch_dependents();
+    if (s.tile < args.start.tiles) ask(s);
+    init_barriers(this->first_chunk().barrier + kBarrierBytes, args.smem.chunks - 1);
+    ptx::mbarrier_init_fence();
+    return s;
+  }
+  __device__ __forceinline__ void init_barriers(uint32_t full, int count) const {
+#pragma unroll 1
+    for (; count > 0; --count, full += kBarrierBytes) {
       ptx::mbarrier_init(full, 1);
       ptx::mbarrier_init(this->empty(full), kTile.warps());
     }
-    ptx::mbarrier_init_fence();
-    __syncwarp();
-  }
-  // The first chunk, while the other warps ask for their weights: copies are served in the order in which they were asked for, and
-  // behind all weights it would be the last to arrive. Not more than that, since the others wait until this is done.
-  __device__ __forceinline__ State begin() const {
-    ptx::grid_dependency_wait();
-    ptx::grid_launch_dependents();
-    State s;
-    s.chunk = this->first_chunk();
-    begin_tile(s, this->first_tile());
-    if (s.tile < args.tiles) ask(s);
-    return s;
   }
   // What the blocks of the cluster will send.
   __device__ __forceinline__ void expect_sums() const {
@@ -133,10 +143,10 @@ struct DecodeLoader : DecodePlaces<kTile, kMode, kLowRank> {
   }
   // What the ring has room for now.
   __device__ __forceinline__ void ask_where_free(State& s) const {
-    while (s.tile < args.tiles && ptx::mbarrier_test(this->empty(s.chunk.barrier), s.chunk.parity ^ 1)) ask(s);
+    while (s.tile < args.start.tiles && ptx::mbarrier_test(this->empty(s.chunk.barrier), s.chunk.parity ^ 1)) ask(s);
   }
   __device__ __forceinline__ void run(State& s) const {
-    while (s.tile < args.tiles) {
+    while (s.tile < args.start.tiles) {
       ptx::mbarrier_wait(this->empty(s.chunk.barrier), s.chunk.parity ^ 1);
       ask(s);
     }
@@ -171,70 +181,70 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
 
   // --- the stream of weights ---------------------------------------------------------------------------------------------
   struct Stream {
-    const char* from;  // the warp's slices in the first column tile of the output tile's rows
-    int col;           // the warp's next column tile
-    int left;          // turns
-    int tile;          // output tile
+    uint32_t from;  // the warp's slices in the first column tile of the output tile's rows, in copies of 16 bytes
+    int col;        // the warp's next column tile
+    int left;       // turns
+    int tile;       // output tile
   };
 
-  __device__ __forceinline__ const char* weights_of(int tile) const {
-    const GemmParams& p = args.gemm.params;
-    const int row = this->work(tile).tile_n * kTile.block_n() + warp_n * kSlices * format::kSliceRows;
+  __device__ __forceinline__ uint32_t weights_of(int tile) const {
+    const uint32_t row = this->work(tile).tile_n * kTile.block_n() + warp_n * kSlices * format::kSliceRows;
     // rows past the last tile exist nowhere: read the last one again, the sums are never stored
-    const int row_tile = min(row / format::kTileRows, static_cast<int>(format::row_tiles(args.gemm.n)) - 1);
-    return reinterpret_cast<const char*>(p.weights) + row_tile * p.weights_row_words * format::kWordBytes +
-           row % format::kTileRows / format::kSliceRows * kSliceBytes;
+    const int row_tile = min(static_cast<int>(row / format::kTileRows), args.start.last_row_tile);
+    return row_tile * args.start.row_copies + row % format::kTileRows / format::kSliceRows * (kSliceBytes / kCopyBytes);
   }
   // One thread's.
   __device__ __forceinline__ void copy(const Stream& s, uint32_t stage, uint32_t barrier) const {
-    // weights that one row of blocks reads must not push activations out of L2
-    const uint64_t policy = args.gemm.tiles_m == 1 ? ptx::policy_evict_first() : ptx::policy_evict_normal();
     ptx::mbarrier_arrive_expect(barrier, kStageBytes);
 #pragma unroll
     for (int j = 0; j < kCols; ++j) {
       // column tiles past the end: the last one again, times zero activations
-      const int col = min(s.col + j * args.col_step, args.cols - 1);
-      ptx::bulk_load(stage + j * kColBytes, s.from + static_cast<int64_t>(col) * format::tile_bytes(kBits), kColBytes,
-                     barrier, policy);
+      const int col = min(s.col + j * args.start.col_step, args.start.cols - 1);
+      const uint32_t copies = s.from + static_cast<uint32_t>(col) * (format::tile_bytes(kBits) / kCopyBytes);
+      ptx::bulk_load(stage + j * kColBytes, args.start.weights + uint64_t{copies} * kCopyBytes, kColBytes, barrier,
+                     args.weights_policy);
     }
   }
   __device__ __forceinline__ void ask(Stream& s, uint32_t stage, uint32_t barrier) const {
-    if (s.tile >= args.tiles) return;
+    if (s.tile >= args.start.tiles) return;
     if (ptx::elect_one()) copy(s, stage, barrier);
-    s.col += kCols * args.col_step;
+    s.col += kCols * args.start.col_step;
     if (--s.left == 0) {
       s.col = this->first_col() + warp_k;
-      s.left = args.turns;
+      s.left = args.start.turns;
       s.tile += this->step();
-      if (s.tile < args.tiles) s.from = weights_of(s.tile);
+      if (s.tile < args.start.tiles) s.from = weights_of(s.tile);
     }
   }
   __device__ __forceinline__ RingPlace first_stage() const { return {ring, arrived}; }
   __device__ __forceinline__ void advance_stage(RingPlace& stage) const {
-    stage.advance(kStageBytes, ring, arrived, args.smem.stages);
+    stage.advance(kStageBytes, ring, arrived, args.start.stages);
   }
-  // Where the warp's stream is after so many turns.
-  __device__ __forceinline__ Stream after(int turns) const {
-    int tile = this->first_tile();
-    if (turns >= args.turns) {
-      const int tiles = turns / args.turns;
-      turns -= tiles * args.turns;
-      tile += tiles * this->step();
-    }
-    return {tile < args.tiles ? weights_of(tile) : nullptr,
-            this->first_col() + warp_k + turns * (kCols * args.col_step), args.turns - turns, tile};
-  }
-  // The ring's barriers, and its first bytes: a lane for a stage. Weights depend on no kernel before this one.
+  // The ring's barriers, and its first bytes. Weights depend on no kernel before this one. The first stage is asked for before the other
+  // barriers are made ready, which takes about as long as its bytes take to be asked for.
   __device__ __forceinline__ Stream start() const {
-    const bool fills = lane < args.smem.stages;
-    const uint32_t barrier = arrived + lane * kBarrierBytes;
-    if (fills) ptx::mbarrier_init(barrier, 1);
-    ptx::mbarrier_init_fence();
+    init_barriers(0, 1);
+    const int tile = this->first_tile();
+    Stream s{0, this->first_col() + warp_k, args.start.turns, tile};
+    if (tile < args.start.tiles) s.from = weights_of(tile);
+    RingPlace stage = first_stage();
+    ask(s, stage.at, stage.barrier);
+    init_barriers(1, args.start.stages);
+#pragma unroll 1
+    for (int i = 1; i < args.start.stages; ++i) {
+      stage.at += kStageBytes;
+      stage.barrier += kBarrierBytes;
+      ask(s, stage.at, stage.barrier);
+    }
+    return s;
+  }
+  __device__ __forceinline__ void init_barriers(int first, int last) const {
+    if (ptx::elect_one()) {
+#pragma unroll 1
+      for (int i = first; i < last; ++i) ptx::mbarrier_init(arrived + i * kBarrierBytes, 1);
+      ptx::mbarrier_init_fence();
+    }
     __syncwarp();
-    const Stream first = after(lane);
-    if (fills && first.tile < args.tiles) copy(first, ring + lane * kStageBytes, barrier);
-    __syncwarp();
-    return after(args.smem.stages);
   }
 
   // --- column tiles ------------------------------------------------------------------------------------------------------
@@ -259,7 +269,10 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
         p.tokens[h][q] = row * kSwizzleRowBytes + ((lane / kMmaTokens) ^ (row % kMmaTokens)) * kCopyBytes;
       }
     }
-    p.scales = args.smem.scales + (warp_n * kSlices * format::kSliceRows + lane / format::kLanesPerRow) * kActBytes;
+    // row r of a slice's matrix, read transposed: the scales of its first 8 rows where r is even, of the others where it is odd
+    const int slice = lane / kMmaTokens % kSlices;
+    p.scales =
+        args.smem.scales + ((warp_n * kSlices + slice) * format::kSliceRows + lane % 2 * format::kHalfRows) * kActBytes;
     p.scales += (warp_k * format::kTileCols >> args.gemm.group_shift) * kTile.block_n() * kActBytes;
     // keep them: the compiler would work them out again for every turn
     asm volatile("" : "+r"(p.codes), "+r"(p.meta), "+r"(p.scales), "+r"(p.tokens[0][0]), "+r"(p.tokens[1][0]));
@@ -270,18 +283,18 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
   __device__ __forceinline__ int group_row(int step) const {
     return kMode == ScaleMode::kTiles ? 0 : step * format::kStepCols >> args.gemm.group_shift;
   }
-  // sums += the sums of a group times its scales, loaded while the MMAs of the group run; for `count` slices. Returns bits that depend
+  // sums += the sums of a group times its scales, loaded while the MMAs of the group run; for kCount slices. Returns bits that depend
   // on all loads.
-  __device__ __forceinline__ uint32_t add_scaled(Sums& sums, const Sums& group, uint32_t scales, int step, int first,
-                                                 int count) const {
-    uint32_t loaded = 0;
-    const uint32_t from = scales + group_row(step) * kTile.block_n() * kActBytes;
+  template <int kCount>
+  __device__ __forceinline__ uint32_t add_scaled(Sums& sums, const Sums& group, uint32_t scales, int step,
+                                                 int first) const {
+    uint32_t loaded = 0, pairs[kCount];  // scales of rows g and g + 8
+    ptx::ldmatrix_trans(pairs, scales + (group_row(step) * kTile.block_n() + first * format::kSliceRows) * kActBytes);
 #pragma unroll
-    for (int s = first; s < first + count; ++s) {
-      const uint32_t at = from + s * format::kSliceRows * kActBytes;
-      const uint32_t bits_a = ptx::load_shared_16(at), bits_b = ptx::load_shared_16(at + format::kHalfRows * kActBytes);
-      loaded |= bits_a | bits_b;
-      const float a = Pair<Act>::to_float(bits_a), b = Pair<Act>::to_float(bits_b);
+    for (int s = first; s < first + kCount; ++s) {
+      const uint32_t pair = pairs[s - first];
+      loaded |= pair;
+      const float a = Pair<Act>::to_float(pair), b = Pair<Act>::high_to_float(pair);
 #pragma unroll
       for (int q = 0; q < kBlocks; ++q) {
         float(&to)[4] = sums.d[s][q].reg;
@@ -356,10 +369,8 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
             ptx::mma_sp<Act, 1>(d, w, x, e);
           }
         };
-        constexpr int kPair = kSlices == 2 ? 2 : 1;  // as many as the registers hold
         const auto scale = [&](int s) {
-          if (kScaled && kMode == ScaleMode::kSteps && s % kPair == kPair - 1)
-            add_scaled(sums, groups[j], chunks[j] + places.scales, step, s - s % kPair, kPair);
+          if (kScaled && kMode == ScaleMode::kSteps) add_scaled<1>(sums, groups[j], chunks[j] + places.scales, step, s);
         };
         // whichever has fewer registers is kept
         if constexpr (kBlocks > kSlices) {
@@ -393,7 +404,7 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
     if (kScaled && kMode == ScaleMode::kTiles) {
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
-        loaded |= add_scaled(sums, groups[j], chunks[j] + places.scales, 0, 0, kSlices);
+        loaded |= add_scaled<kSlices>(sums, groups[j], chunks[j] + places.scales, 0, 0);
       }
     } else {  // what has been loaded in any step has gone into the sums; bits of the loads would take registers until the end
 #pragma unroll
@@ -415,7 +426,7 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
   // sums = this warp's share of the product of an output tile.
   __device__ __forceinline__ void run(Sums& sums, State& state, const Places& places) const {
     sums = {};
-    for (int turn = args.turns; turn > 0; --turn) {
+    for (int turn = args.start.turns; turn > 0; --turn) {
       ptx::mbarrier_wait(state.stage.barrier, state.stage.parity);
 #pragma unroll
       for (int j = 0; j < kCols; j += kTogether) {

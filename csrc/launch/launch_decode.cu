@@ -20,6 +20,10 @@ namespace {
 constexpr int kMaxDevices = 64;
 constexpr int kTables = 8;
 
+// What createpolicy.fractional.L2 returns for the whole of what is accessed: constants of the machine, which in the kernel would be
+// put together again for every copy.
+constexpr uint64_t kEvictFirst = 0x12f0000000000000, kEvictNormal = 0x16f0000000000000;
+
 CUtensorMapDataType act_type(const Problem& problem) {
   return problem.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 }
@@ -64,6 +68,26 @@ device::LowRankArgs low_rank_args(const Problem& problem, const Plan& plan, cons
   return low;
 }
 
+device::DecodeStart start_args(const Problem& problem, const Plan& plan, const device::KernelArgs& gemm,
+                               const SmemDecode& smem) {
+  const TileDecode& tile = tile_decode(plan.tile);
+  device::DecodeStart start{};
+  start.weights = reinterpret_cast<const char*>(gemm.params.weights);
+  start.row_copies = static_cast<uint32_t>(gemm.params.weights_row_words * format::kWordBytes / kCopyBytes);
+  start.last_row_tile = static_cast<int>(format::row_tiles(problem.n)) - 1;
+  start.tiles_m = gemm.tiles_m;
+  start.tiles_m_inverse = gemm.tiles_m == 1 ? 0 : static_cast<uint32_t>((uint64_t{1} << 32) / gemm.tiles_m + 1);
+  start.tiles = gemm.tiles_m * gemm.tiles_n;
+  start.cols = static_cast<int>(format::col_tiles(problem.k));
+  start.turns = turns(tile, problem.k, plan.splits);
+  start.col_step = tile.warps_k * plan.splits;
+  start.splits = plan.splits;
+  start.stages = smem.stages;
+  start.ring = smem.weights;
+  start.weights_full = smem.weights_full;
+  return start;
+}
+
 }  // namespace
 
 cudaError_t launch_decode(const Problem& problem, const Plan& plan, const device::KernelArgs& gemm,
@@ -92,10 +116,9 @@ cudaError_t launch_decode(const Problem& problem, const Plan& plan, const device
   const Device& gpu = device_properties(device);
   const TileDecode& tile = tile_decode(plan.tile);
   args.smem = decode_layout(problem, tile, plan.splits, gpu.num_sms, gpu.smem_per_sm, plan.rank);
-  args.tiles = gemm.tiles_m * gemm.tiles_n;
-  args.cols = static_cast<int>(format::col_tiles(problem.k));
-  args.turns = turns(tile, problem.k, plan.splits);
-  args.col_step = tile.warps_k * plan.splits;
+  args.start = start_args(problem, plan, gemm, args.smem);
+  // weights that one row of blocks reads must not push activations out of L2
+  args.weights_policy = gemm.tiles_m == 1 ? kEvictFirst : kEvictNormal;
   cudaError_t status = write_maps(args, problem, tile);
   if (status == cudaSuccess && plan.rank > 0) {
     args.low = low_rank_args(problem, plan, gemm, factors);

@@ -27,6 +27,21 @@ __device__ __forceinline__ FragB ldmatrix_x4(uint32_t address) {
   return f;
 }
 
+// Transposed: of matrix i, lane l gets (2 (l % 4), l / 4) and (2 (l % 4) + 1, l / 4). As many matrices as registers.
+__device__ __forceinline__ void ldmatrix_trans(uint32_t (&to)[1], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(to[0]) : "r"(address));
+}
+__device__ __forceinline__ void ldmatrix_trans(uint32_t (&to)[2], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(to[0]), "=r"(to[1])
+               : "r"(address));
+}
+__device__ __forceinline__ void ldmatrix_trans(uint32_t (&to)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address));
+}
+
 // d += a * b. kSelector: which half of the lanes' metadata registers belongs to this step (0: lanes c = 0, 1; 1: c = 2, 3).
 template <typename Act, int kSelector>
 __device__ __forceinline__ void mma_sp(FragD& d, const FragA& a, const FragB& b, uint32_t e);
