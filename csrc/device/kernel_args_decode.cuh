@@ -27,6 +27,7 @@ struct LowRankArgs {
 // of clocks to come.
 struct DecodeStart {
   const char* weights;
+  uint64_t policy;      // of weights in L2
   uint32_t row_copies;  // between two rows of row tiles, in copies of 16 bytes
   int last_row_tile;
   int tiles_m;
@@ -49,9 +50,8 @@ struct KernelArgsDecode {
   CUtensorMap scales_map;  // [groups, n], box: groups of a chunk x block_n features; unset where channelwise
   CUtensorMap up_map;      // [n, rank], box: block_n features x 64 ranks; unset without a correction
   SmemDecode smem;
-  uint64_t weights_policy;  // of L2
-  uint32_t zero;            // 0, which the compiler must not know (run in mainloop_decode.cuh)
-  LowRankArgs low;          // for the kernels with a correction
+  uint32_t zero;    // 0, which the compiler must not know (run in mainloop_decode.cuh)
+  LowRankArgs low;  // for the kernels with a correction
 };
 
 }  // namespace sparse_marlin::device

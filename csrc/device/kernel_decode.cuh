@@ -45,7 +45,9 @@ struct DecodeEpilogue {
   __device__ __forceinline__ int tokens() const { return min(args.smem.rows, kMmaTokens); }
 
   __device__ __forceinline__ void share(const typename Warp::Sums& sums, int pass) const {
-    const int g = warp.lane / format::kLanesPerRow, c = warp.lane % format::kLanesPerRow;
+    int lane = warp.lane;
+    if constexpr (kLowRank) asm volatile("" : "+r"(lane));  // as above
+    const int g = lane / format::kLanesPerRow, c = lane % format::kLanesPerRow;
     float* to = exchange() + warp.warp_k * tokens() * kPitch + warp.warp_n * Warp::kSlices * format::kSliceRows + g;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {

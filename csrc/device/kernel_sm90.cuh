@@ -26,8 +26,11 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
   const bool shares = args.share > 1;  // then the others' barriers must be ready before anything is copied
 
-  if (threadIdx.x < format::kLanes) pipeline.init_barriers(threadIdx.x);
-  if (threadIdx.x == kTile.consumers * kWarpgroupThreads) Producer{pipeline}.prefetch_maps();
+  const int warp_of_block = __shfl_sync(~0u, threadIdx.x / format::kLanes, 0);
+  if (ptx::elect_one()) {
+    pipeline.init_barriers(warp_of_block);
+    if (warp_of_block == kTile.consumers * format::kTileSlices) Producer{pipeline}.prefetch_maps();
+  }
   if (shares) {
     ptx::cluster_meet();
   } else {

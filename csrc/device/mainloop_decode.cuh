@@ -202,7 +202,7 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
       const int col = min(s.col + j * args.start.col_step, args.start.cols - 1);
       const uint32_t copies = s.from + static_cast<uint32_t>(col) * (format::tile_bytes(kBits) / kCopyBytes);
       ptx::bulk_load(stage + j * kColBytes, args.start.weights + uint64_t{copies} * kCopyBytes, kColBytes, barrier,
-                     args.weights_policy);
+                     args.start.policy);
     }
   }
   __device__ __forceinline__ void ask(Stream& s, uint32_t stage, uint32_t barrier) const {

@@ -124,13 +124,14 @@ struct PipelineSm90 {
 
   __device__ __forceinline__ uint32_t received() const { return smem + kSmem.received; }
 
-  // By the threads of one warp, side by side.
-  __device__ __forceinline__ void init_barriers(int lane) const {
-    if (lane < kSmem.stages) {
-      ptx::mbarrier_init(full(lane), kMode == ScaleMode::kNone ? 2 : 3);  // the producer's threads
-      ptx::mbarrier_init(empty(lane), args.share * kTile.consumers * (kWarpgroupThreads / format::kLanes));
+  // A thread of each warp: making one ready takes 40 clocks, all of them by one warp would take longer than anything else at the start.
+  __device__ __forceinline__ void init_barriers(int warp) const {
+    static_assert(kSmem.stages <= kTile.threads() / format::kLanes);
+    if (warp < kSmem.stages) {
+      ptx::mbarrier_init(full(warp), kMode == ScaleMode::kNone ? 2 : 3);  // the producer's threads
+      ptx::mbarrier_init(empty(warp), args.share * kTile.consumers * (kWarpgroupThreads / format::kLanes));
     }
-    if (kTile.counts_sums() && lane == 0 && args.gemm.splits > 1) {
+    if (kTile.counts_sums() && warp == 0 && args.gemm.splits > 1) {
       ptx::mbarrier_init(received(), 1);
       ptx::mbarrier_arrive_expect(received(), exchange_bytes(kTile, args.gemm.splits, split()));
     }

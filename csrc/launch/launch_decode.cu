@@ -73,6 +73,8 @@ device::DecodeStart start_args(const Problem& problem, const Plan& plan, const d
   const TileDecode& tile = tile_decode(plan.tile);
   device::DecodeStart start{};
   start.weights = reinterpret_cast<const char*>(gemm.params.weights);
+  // weights that one row of blocks reads must not push activations out of L2
+  start.policy = gemm.tiles_m == 1 ? kEvictFirst : kEvictNormal;
   start.row_copies = static_cast<uint32_t>(gemm.params.weights_row_words * format::kWordBytes / kCopyBytes);
   start.last_row_tile = static_cast<int>(format::row_tiles(problem.n)) - 1;
   start.tiles_m = gemm.tiles_m;
@@ -117,8 +119,6 @@ cudaError_t launch_decode(const Problem& problem, const Plan& plan, const device
   const TileDecode& tile = tile_decode(plan.tile);
   args.smem = decode_layout(problem, tile, plan.splits, gpu.num_sms, gpu.smem_per_sm, plan.rank);
   args.start = start_args(problem, plan, gemm, args.smem);
-  // weights that one row of blocks reads must not push activations out of L2
-  args.weights_policy = gemm.tiles_m == 1 ? kEvictFirst : kEvictNormal;
   cudaError_t status = write_maps(args, problem, tile);
   if (status == cudaSuccess && plan.rank > 0) {
     args.low = low_rank_args(problem, plan, gemm, factors);
