@@ -15,16 +15,11 @@
 #include <cstdint>
 
 #include "device/ptx/mma_sp.cuh"
+#include "device/ptx/pairs.cuh"
 #include "format/packed_24.h"
 
 namespace sparse_marlin::device {
 
-template <uint32_t kTable>
-__device__ __forceinline__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t d;
-  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(kTable));
-  return d;
-}
 inline constexpr uint32_t kLutAndOr = (0xf0 & 0xcc) | 0xaa;             // (a & b) | c
 inline constexpr uint32_t kLutNotAndOr = (~0xf0 & 0xff & 0xcc) | 0xaa;  // (~a & b) | c
 
@@ -34,21 +29,9 @@ struct Pair;
 
 template <>
 struct Pair<__half> {
-  static __device__ __forceinline__ uint32_t sub(uint32_t a, uint32_t b) {
-    uint32_t d;
-    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-  }
-  static __device__ __forceinline__ uint32_t mul(uint32_t a, uint32_t b) {
-    uint32_t d;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-  }
-  static __device__ __forceinline__ uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
-    uint32_t d;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-  }
+  static __device__ __forceinline__ uint32_t sub(uint32_t a, uint32_t b) { return ptx::sub_f16x2(a, b); }
+  static __device__ __forceinline__ uint32_t mul(uint32_t a, uint32_t b) { return ptx::mul_f16x2(a, b); }
+  static __device__ __forceinline__ uint32_t fma(uint32_t a, uint32_t b, uint32_t c) { return ptx::fma_f16x2(a, b, c); }
   static __device__ __forceinline__ uint32_t broadcast(uint32_t v) { return __byte_perm(v, 0, 0x1010); }
   static __device__ __forceinline__ float to_float(uint32_t v) {
     return __half2float(__ushort_as_half(static_cast<uint16_t>(v)));
@@ -62,9 +45,7 @@ struct Pair<__half> {
 template <>
 struct Pair<__nv_bfloat16> {  // sm_80 has the fused form alone
   static __device__ __forceinline__ uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
-    uint32_t d;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
+    return ptx::fma_bf16x2(a, b, c);
   }
   static __device__ __forceinline__ uint32_t sub(uint32_t a, uint32_t b) { return fma(b, 0xBF80BF80, a); }
   static __device__ __forceinline__ uint32_t mul(uint32_t a, uint32_t b) { return fma(a, b, 0x80008000); }
@@ -84,10 +65,10 @@ struct Dequant<__half, 4> {
   static __device__ __forceinline__ ptx::FragA run(const uint32_t (&words)[1]) {
     using P = Pair<__half>;
     const uint32_t w = words[0], v = w >> 8;
-    return {{P::sub(lop3<kLutAndOr>(w, 0x000f000f, 0x64006400), 0x64086408),
-             P::fma(lop3<kLutAndOr>(w, 0x00f000f0, 0x64006400), 0x2C002C00, 0xD480D480),
-             P::sub(lop3<kLutAndOr>(v, 0x000f000f, 0x64006400), 0x64086408),
-             P::fma(lop3<kLutAndOr>(v, 0x00f000f0, 0x64006400), 0x2C002C00, 0xD480D480)}};
+    return {{P::sub(ptx::lop3<kLutAndOr>(w, 0x000f000f, 0x64006400), 0x64086408),
+             P::fma(ptx::lop3<kLutAndOr>(w, 0x00f000f0, 0x64006400), 0x2C002C00, 0xD480D480),
+             P::sub(ptx::lop3<kLutAndOr>(v, 0x000f000f, 0x64006400), 0x64086408),
+             P::fma(ptx::lop3<kLutAndOr>(v, 0x00f000f0, 0x64006400), 0x2C002C00, 0xD480D480)}};
   }
 };
 
@@ -98,7 +79,8 @@ struct Dequant<__nv_bfloat16, 4> {
     ptx::FragA f;
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      f.reg[r] = Pair<__nv_bfloat16>::sub(lop3<kLutAndOr>(words[0] >> (4 * r), 0x000f000f, 0x43004300), 0x43084308);
+      f.reg[r] =
+          Pair<__nv_bfloat16>::sub(ptx::lop3<kLutAndOr>(words[0] >> (4 * r), 0x000f000f, 0x43004300), 0x43084308);
     }
     return f;
   }
@@ -126,8 +108,8 @@ struct Dequant<__nv_bfloat16, 8> {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const uint32_t spread = __byte_perm(words[r / 2], 0, r % 2 == 0 ? 0x4140 : 0x4342);
-      f.reg[r] = Pair<__nv_bfloat16>::sub(lop3<kLutAndOr>(spread, 0x007f007f, 0x43004300),
-                                          lop3<kLutNotAndOr>(spread, 0x00800080, 0x43004300));
+      f.reg[r] = Pair<__nv_bfloat16>::sub(ptx::lop3<kLutAndOr>(spread, 0x007f007f, 0x43004300),
+                                          ptx::lop3<kLutNotAndOr>(spread, 0x00800080, 0x43004300));
     }
     return f;
   }

@@ -31,7 +31,7 @@ struct DecodeStart {
   uint32_t row_copies;  // between two rows of row tiles, in copies of 16 bytes
   int last_row_tile;
   int tiles_m;
-  uint32_t tiles_m_inverse;  // 2^32 / tiles_m, rounded up; 0 where there is one
+  uint32_t tiles_m_inverse;  // device/scheduler.cuh
   int tiles;                 // output tiles
   int cols;                  // 128-column tiles of k
   int turns;                 // of a warp

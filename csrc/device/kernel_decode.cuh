@@ -1,9 +1,9 @@
 // The decode kernel (mma.sp fed by bulk copies, compute capability 9.0) as an outline. Persistent: a block walks over output tiles; where
 // k is split over a cluster, this does one.
 #pragma once
-#include "device/epilogue.cuh"
 #include "device/low_rank_decode.cuh"
 #include "device/mainloop_decode.cuh"
+#include "device/store_out.cuh"
 
 namespace sparse_marlin::device {
 

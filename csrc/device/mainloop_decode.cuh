@@ -57,14 +57,8 @@ struct DecodePlaces {
     return args.start.splits == 1 ? 0 : ptx::cluster_block() * kTile.warps_k;
   }
 
-  // The token tiles of the same features are neighbours, so that weights are read from memory once.
   __device__ __forceinline__ BlockWork work(int tile) const {
-    BlockWork w{0, tile, 0, 0, args.start.cols};
-    if (args.start.tiles_m > 1) {
-      w.tile_n = __umulhi(tile, args.start.tiles_m_inverse);
-      w.tile_m = tile - w.tile_n * args.start.tiles_m;
-    }
-    return w;
+    return work_of_neighbours(tile, args.start.tiles_m, args.start.tiles_m_inverse, args.start.cols);
   }
   __device__ __forceinline__ RingPlace first_chunk() const { return {smem, smem + args.smem.chunk_full}; }
   __device__ __forceinline__ void advance(RingPlace& chunk) const {

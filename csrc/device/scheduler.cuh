@@ -38,4 +38,18 @@ SPARSE_MARLIN_HD inline BlockWork block_work(int block, int tiles_m, int tiles_n
   return w;
 }
 
+// 2^32 / divisor, rounded up, by which a multiplication divides, exactly as long as dividend x divisor <= 2^32; 0 for 1.
+SPARSE_MARLIN_HD constexpr uint32_t inverse(int divisor) {
+  return divisor == 1 ? 0 : static_cast<uint32_t>(((uint64_t{1} << 32) + divisor - 1) / divisor);
+}
+
+// For few tokens: the token tiles of the same features are neighbours, so that weights are read from memory once. All of k.
+SPARSE_MARLIN_HD inline BlockWork work_of_neighbours(int tile, int tiles_m, uint32_t tiles_m_inverse, int col_tiles) {
+  BlockWork w{0, tile, 0, 0, col_tiles};
+  if (tiles_m == 1) return w;
+  w.tile_n = static_cast<int>(uint64_t{static_cast<uint32_t>(tile)} * tiles_m_inverse >> 32);
+  w.tile_m = tile - w.tile_n * tiles_m;
+  return w;
+}
+
 }  // namespace sparse_marlin::device

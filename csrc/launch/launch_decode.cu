@@ -4,6 +4,7 @@
 #include <array>
 #include <atomic>
 
+#include "device/scheduler.cuh"
 #include "launch/dependent_launch.cuh"
 #include "launch/kernel_table_decode.h"
 #include "launch/launch.h"
@@ -78,7 +79,7 @@ device::DecodeStart start_args(const Problem& problem, const Plan& plan, const d
   start.row_copies = static_cast<uint32_t>(gemm.params.weights_row_words * format::kWordBytes / kCopyBytes);
   start.last_row_tile = static_cast<int>(format::row_tiles(problem.n)) - 1;
   start.tiles_m = gemm.tiles_m;
-  start.tiles_m_inverse = gemm.tiles_m == 1 ? 0 : static_cast<uint32_t>((uint64_t{1} << 32) / gemm.tiles_m + 1);
+  start.tiles_m_inverse = device::inverse(gemm.tiles_m);
   start.tiles = gemm.tiles_m * gemm.tiles_n;
   start.cols = static_cast<int>(format::col_tiles(problem.k));
   start.turns = turns(tile, problem.k, plan.splits);

@@ -170,6 +170,10 @@ void build_decode(Candidate& c, const Problem& problem, const Device& device, in
     c.rejected = "splits only where all blocks run at once";
     return;
   }
+  if (tiles * ((problem.m + tile.block_m - 1) / tile.block_m) > kMostTilesDecode) {
+    c.rejected = "too many output tiles";
+    return;
+  }
   if (problem.k % kDecodeColMultiple != 0) {
     c.rejected = "needs in features that are a multiple of " + std::to_string(kDecodeColMultiple);
     return;

@@ -120,6 +120,9 @@ constexpr SmemDecode fitting_smem_decode(const TileDecode& t, const Problem& p, 
 constexpr int64_t tiles_decode(const Problem& p, const TileDecode& t) {
   return ((p.m + t.block_m - 1) / t.block_m) * ((p.n + t.block_n() - 1) / t.block_n());
 }
+// Output tiles x token tiles, up to which the kernel tells a tile's place by a multiplication (device/scheduler.cuh).
+inline constexpr int64_t kMostTilesDecode = int64_t{1} << 32;
+
 // The layout a plan uses.
 constexpr SmemDecode decode_layout(const Problem& p, const TileDecode& t, int splits, int num_sms, int smem_per_sm,
                                    int rank = 0) {

@@ -1,12 +1,14 @@
 // The pieces below the planner that only C++ sees: the blocks' share of the work, shared-memory and workspace arithmetic.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <set>
 #include <tuple>
 
 #include "device/scheduler.cuh"
 #include "plan/plan.h"
 #include "plan/smem.h"
+#include "plan/smem_decode.h"
 #include "plan/stream_k.h"
 #include "plan/workspace.h"
 
@@ -32,6 +34,40 @@ TEST(Scheduler, SharesOutAllWorkOnce) {
           }
           EXPECT_EQ(seen.size(), static_cast<size_t>(tiles_m) * tiles_n * col_tiles);
         }
+      }
+    }
+  }
+}
+
+// The same for the decode kernel, where each tile has all of k.
+TEST(Scheduler, NeighboursShareFeatures) {
+  for (int tiles_m : {1, 2, 3, 7, 8, 16, 1000}) {
+    for (int tiles_n : {1, 3, 192, 3584}) {
+      std::set<std::pair<int, int>> seen;
+      int tile_n = 0;
+      for (int tile = 0; tile < tiles_m * tiles_n; ++tile) {
+        const device::BlockWork w = device::work_of_neighbours(tile, tiles_m, device::inverse(tiles_m), 5);
+        ASSERT_EQ(w.tile_n, tile / tiles_m);
+        ASSERT_EQ(w.tile_m, tile % tiles_m);
+        ASSERT_GE(w.tile_n, tile_n) << "features are read in turn";
+        tile_n = w.tile_n;
+        ASSERT_TRUE(seen.emplace(w.tile_m, w.tile_n).second) << "computed twice";
+        ASSERT_EQ(w.first_col, 0);
+        ASSERT_EQ(w.last_col, 5);
+      }
+    }
+  }
+}
+
+TEST(Scheduler, DividesExactlyUpToTheLimitOfThePlanner) {
+  for (int64_t divisor : {2, 3, 5, 7, 63, 64, 65, 2047, 2048, 40503, 65535, 65536}) {
+    const int64_t most = std::min<int64_t>(kMostTilesDecode / divisor, INT32_MAX);
+    for (int64_t at : {int64_t{0}, divisor, most / 2, most}) {
+      for (int64_t tile = std::max<int64_t>(0, at - 2 * divisor); tile <= std::min(most, at + 2 * divisor); ++tile) {
+        const device::BlockWork w = device::work_of_neighbours(static_cast<int>(tile), static_cast<int>(divisor),
+                                                               device::inverse(static_cast<int>(divisor)), 1);
+        ASSERT_EQ(w.tile_n, tile / divisor) << tile << " / " << divisor;
+        ASSERT_EQ(w.tile_m, tile % divisor) << tile << " % " << divisor;
       }
     }
   }
