@@ -1,0 +1,28 @@
+#pragma once
+#include "emulated/lanes.h"
+
+namespace sparse_marlin::ptx {
+
+inline void mbarrier_init(uint32_t barrier, int arrivals) {
+  emulated::at(barrier, sizeof(uint64_t));
+  emulated::mbarriers[barrier] = {arrivals, arrivals, 0, 0};
+}
+inline void mbarrier_init_fence() {}
+inline void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
+  emulated::MBarrier& b = emulated::mbarrier(barrier);
+  b.bytes += bytes;
+  --b.pending;
+  emulated::advance(b);
+}
+inline void mbarrier_arrive(uint32_t barrier) { mbarrier_arrive_expect(barrier, 0); }
+inline bool mbarrier_test(uint32_t barrier, uint32_t parity) { return emulated::mbarrier(barrier).phase % 2 != parity; }
+inline bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) { return mbarrier_test(barrier, parity); }
+inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  while (!mbarrier_test(barrier, parity)) emulated::yield();
+}
+
+// Of clusters, which these tests do not have.
+inline uint32_t remote_address(uint32_t, uint32_t) { emulated::fail("a cluster of one block"); }
+inline void mbarrier_wait_cluster(uint32_t, uint32_t) { emulated::fail("a cluster of one block"); }
+
+}  // namespace sparse_marlin::ptx

@@ -1,0 +1,184 @@
+// The decode kernel, block for block on the CPU (lanes.h), against sums over the codes in float64: every tile, every way of scaling,
+// both types, with and without a low-rank correction; sizes that fill neither tiles nor turns, and so few SMs that blocks walk.
+#include <gtest/gtest.h>
+
+#include "device/kernel_decode.cuh"
+#include "format/problem.h"
+#include "plan/low_rank.h"
+#include "plan/smem_decode.h"
+#include "support.h"
+
+namespace sparse_marlin {
+namespace {
+
+using device::KernelArgsDecode;
+
+constexpr int kSmemPerSm = 228 << 10;
+constexpr int kRank = 64;
+
+template <typename Act>
+struct Values {
+  std::vector<Act> all;
+  explicit Values(int64_t count) : all(static_cast<size_t>(count) + 8) {}
+  Act* data() {  // at a multiple of 16 bytes
+    return reinterpret_cast<Act*>((reinterpret_cast<uintptr_t>(all.data()) + 15) / 16 * 16);
+  }
+  template <typename Draw>
+  Values& fill(int64_t count, Draw draw, float factor = 1) {
+    for (int64_t i = 0; i < count; ++i) data()[i] = Act(draw(emulated::random) * factor);
+    return *this;
+  }
+  double operator[](int64_t i) { return static_cast<double>(static_cast<float>(data()[i])); }
+};
+
+CUtensorMap map_of(const emulated::TensorMap& map) {
+  CUtensorMap raw;
+  std::memcpy(static_cast<void*>(&raw), &map, sizeof(map));
+  return raw;
+}
+
+template <typename Act, int kBits, int kTileIndex, ScaleMode kMode, bool kLowRank>
+void expect_right(int m, int n, int k, int group_size, int num_sms) {
+  constexpr TileDecode kTile = kTilesDecode[kTileIndex];
+  const bool half = std::is_same_v<Act, __half>;
+  const int rank = kLowRank ? kRank : 0;
+  Problem problem;
+  problem.m = m;
+  problem.n = n;
+  problem.k = k;
+  problem.group_size = group_size;
+  problem.num_bits = kBits;
+  problem.dtype = half ? DType::kFloat16 : DType::kBFloat16;
+  const SmemDecode smem = decode_layout(problem, kTile, 1, num_sms, kSmemPerSm, rank);
+  if (smem.stages == 0) return;  // no plan has it
+  SCOPED_TRACE(testing::Message() << "tile " << kTileIndex << ", " << m << " tokens, " << k << " -> " << n << ", group "
+                                  << group_size << ", " << num_sms << " SMs, " << smem.stages << " stages");
+
+  const std::vector<int8_t> codes = test::random_codes(n, k, kBits, static_cast<uint32_t>(emulated::random()));
+  const test::Packed packed = test::pack_codes(codes, n, k, kBits);
+  ASSERT_TRUE(packed.status.ok());
+  Values<uint32_t> words(static_cast<int64_t>(packed.words.size()));
+  std::copy(packed.words.begin(), packed.words.end(), words.data());
+  const int groups = static_cast<int>(num_groups(k, group_size));
+  std::normal_distribution<float> normal;
+  std::uniform_real_distribution<float> scale(0.01f, 0.1f);
+  Values<Act> acts(int64_t{m} * k), scales(int64_t{groups} * n), bias(n), down(int64_t{rank} * k),
+      up(int64_t{n} * rank), out(int64_t{m} * n);
+  acts.fill(int64_t{m} * k, normal);
+  scales.fill(int64_t{groups} * n, scale);
+  bias.fill(n, normal);
+  down.fill(int64_t{rank} * k, normal, 0.05f);
+  up.fill(int64_t{n} * rank, normal, 0.5f);
+  std::memset(static_cast<void*>(out.all.data()), 0x7f, out.all.size() * sizeof(Act));  // an element not written shows
+  std::vector<uint64_t> workspace(kLowRank ? low_rank_workspace(m, k, rank).size / sizeof(uint64_t) + 64 : 1, 0x55);
+
+  // what launch/launch_decode.cu fills in
+  KernelArgsDecode args{};
+  args.gemm.params = {acts.data(), words.data(), packed.row_words(), scales.data(), bias.data(), out.data(), nullptr};
+  args.gemm.m = m;
+  args.gemm.n = n;
+  args.gemm.k = k;
+  args.gemm.tiles_m = (m + kTile.block_m - 1) / kTile.block_m;
+  args.gemm.tiles_n = (n + kTile.block_n() - 1) / kTile.block_n();
+  args.gemm.splits = 1;
+  args.gemm.num_groups = groups;
+  args.gemm.group_size = group_size;
+  args.gemm.group_shift = group_size > 0 ? __builtin_ctz(group_size) : 0;
+  args.smem = smem;
+  args.start = {reinterpret_cast<const char*>(words.data()),
+                0,
+                static_cast<uint32_t>(packed.row_words() * format::kWordBytes / kCopyBytes),
+                static_cast<int>(format::row_tiles(n)) - 1,
+                args.gemm.tiles_m,
+                device::inverse(args.gemm.tiles_m),
+                args.gemm.tiles_m * args.gemm.tiles_n,
+                static_cast<int>(format::col_tiles(k)),
+                turns(kTile, k, 1),
+                kTile.warps_k,
+                1,
+                smem.stages,
+                smem.weights,
+                smem.weights_full};
+  args.acts_map = map_of({acts.data(),
+                          {kHalfCols, m, k / kHalfCols},
+                          {kActBytes, int64_t{k} * kActBytes, kSwizzleRowBytes},
+                          {kHalfCols, smem.rows, kTile.warps_k * kHalves},
+                          true});
+  args.scales_map = map_of({scales.data(),
+                            {n, groups, 1},
+                            {kActBytes, int64_t{n} * kActBytes, 0},
+                            {kTile.block_n(), chunk_scale_rows(kTile, group_size), 1},
+                            false});
+  int blocks = std::min(args.start.tiles, num_sms * kTile.blocks);
+  if (kLowRank) {
+    char* base = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(workspace.data()) + 255) / 256 * 256);
+    const LowRankWorkspace places = low_rank_workspace(m, k, rank);
+    device::LowRankArgs& low = args.low;
+    low.down = down.data();
+    low.readers = reinterpret_cast<uint32_t*>(base);
+    low.flags = reinterpret_cast<uint64_t*>(base + places.flags);
+    low.sums = reinterpret_cast<float*>(base + places.sums);
+    low.token = emulated::random() + (uint64_t{1} << 40);
+    low.rank = rank;
+    low.shares_log2 = project_shares_log2(m, k, rank);
+    low.senders = project_blocks(m, k, rank);
+    low.lead = low.lead_clusters = lead_blocks(m, k, rank, 1);
+    low.step = low.num_readers = blocks;
+    args.up_map = map_of(
+        {up.data(), {rank, n, 1}, {kActBytes, int64_t{rank} * kActBytes, 0}, {kUpBoxRanks, kTile.block_n(), 1}, true});
+    blocks += low.lead;
+  }
+  for (int i = 0; i < blocks; ++i) {
+    ASSERT_NO_THROW(emulated::run_block(i, blocks, kTile.threads(),
+                                        [&] { device::gemm_decode<Act, kBits, kTileIndex, kMode, kLowRank>(args); }));
+  }
+
+  double error = 0, size = 0;
+  for (int i = 0; i < m; ++i) {
+    double projected[kRank] = {};
+    for (int r = 0; r < rank; ++r) {
+      for (int c = 0; c < k; ++c) projected[r] += acts[int64_t{i} * k + c] * down[int64_t{r} * k + c];
+    }
+    for (int j = 0; j < n; ++j) {
+      double wanted = bias[j];
+      for (int c = 0; c < k; ++c) {
+        if (const int code = codes[static_cast<size_t>(int64_t{j} * k + c)])
+          wanted += acts[int64_t{i} * k + c] * code * scales[int64_t{group_size > 0 ? c / group_size : 0} * n + j];
+      }
+      for (int r = 0; r < rank; ++r) wanted += projected[r] * up[int64_t{j} * rank + r];
+      const double difference = out[int64_t{i} * n + j] - wanted;
+      error += difference * difference;
+      size += wanted * wanted;
+    }
+  }
+  // one rounding, with a correction two
+  EXPECT_LT(std::sqrt(error / size), half ? 5e-4 : 4e-3);
+  for (int i = 0; i < (kLowRank ? project_blocks(m, k, rank) : 0); ++i) {
+    EXPECT_EQ(args.low.flags[i], 0u) << "who launches again, as a graph does, must find no flag of this launch";
+  }
+}
+
+template <typename Act, int kBits, int kTileIndex, bool kLowRank>
+void expect_tile_right() {
+  const int tokens = kTilesDecode[kTileIndex].block_m;
+  const int more = kLowRank ? std::min(2 * tokens, kMaxTokensLowRank) - 3 : 2 * tokens + 3;
+  const int small_group = emulated::random() % 2 == 0 ? 32 : 64;
+  expect_right<Act, kBits, kTileIndex, ScaleMode::kTiles, kLowRank>(1, 200, 1088, 128, 132);
+  expect_right<Act, kBits, kTileIndex, ScaleMode::kTiles, kLowRank>(more, 264, 1408, 256, 1);
+  expect_right<Act, kBits, kTileIndex, ScaleMode::kSteps, kLowRank>(tokens - 1, 136, 1600, small_group, 1);
+  expect_right<Act, kBits, kTileIndex, ScaleMode::kNone, kLowRank>(tokens, 72, 640, kChannelwise, 132);
+}
+template <typename Act, int kBits, bool kLowRank, int... kTileIndex>
+void expect_tiles_right(std::integer_sequence<int, kTileIndex...>) {
+  (expect_tile_right<Act, kBits, kTileIndex, kLowRank>(), ...);
+}
+constexpr auto kAll = std::make_integer_sequence<int, static_cast<int>(kTilesDecode.size())>{};
+constexpr auto kSome = std::integer_sequence<int, 0, 2, 3, 4, 7>{};
+
+TEST(EmulatedDecode, EveryTile) { expect_tiles_right<__half, 4, false>(kAll); }
+TEST(EmulatedDecode, BFloat16And8Bits) { expect_tiles_right<__nv_bfloat16, 8, false>(kSome); }
+TEST(EmulatedDecode, LowRankCorrection) { expect_tiles_right<__half, 4, true>(kSome); }
+TEST(EmulatedDecode, LowRankCorrectionInBFloat16) { expect_tiles_right<__nv_bfloat16, 4, true>(kSome); }
+
+}  // namespace
+}  // namespace sparse_marlin
