@@ -1,4 +1,5 @@
-// A block of a CUDA kernel on the CPU: its threads are coroutines that take turns, its warps in an order drawn anew each time.
+// A block of a CUDA kernel on the CPU, or a cluster of them: their threads are coroutines that take turns, warps in an order drawn anew
+// each time.
 //
 // Device code reaches the GPU through the wrappers of csrc/device/ptx alone; the headers beside this one stand in for them, with the
 // semantics that the PTX ISA gives each instruction. Asynchronous copies are done at once or some time later, as the generator has it:
@@ -37,10 +38,14 @@
 #define __grid_constant__
 #define __CUDA_ARCH_FEAT_SM90_ALL 1
 
-namespace sparse_marlin::device {
+namespace emulated {
 inline constexpr int kSharedBytes = 232 << 10;
-inline uint8_t shared[kSharedBytes]
-    __attribute__((aligned(1024)));  // what a kernel declares as its dynamic shared memory
+inline constexpr int kMaxCluster = 8;
+}  // namespace emulated
+namespace sparse_marlin::device {
+// What a kernel declares as its dynamic shared memory: that of the first block of a cluster, the others' behind it. A plain pointer to it,
+// which is not taken for an address of shared memory, is right in blocks without a cluster alone.
+inline uint8_t shared[emulated::kMaxCluster * emulated::kSharedBytes] __attribute__((aligned(1024)));
 }  // namespace sparse_marlin::device
 
 namespace emulated {
@@ -54,7 +59,8 @@ struct Index {
   int x = 0;
 };
 inline Index thread, block, grid;
-inline int block_threads;
+inline int rank;  // of the block in its cluster
+inline int cluster_blocks, block_threads;
 inline std::mt19937 random(0);
 
 [[noreturn]] inline void fail(const std::string& what) {
@@ -70,19 +76,20 @@ struct Thread {
   std::vector<char> stack = std::vector<char>(kStackBytes);
   bool done = false;
 };
-inline std::vector<Thread> threads;
+inline std::vector<Thread> threads;  // [block of the cluster][thread]
+inline Thread& current() { return threads[rank * block_threads + thread.x]; }
 inline ucontext_t scheduler;
 inline std::function<void()> kernel;
 inline std::string failure;
 
-inline void yield() { swapcontext(&threads[thread.x].context, &scheduler); }
+inline void yield() { swapcontext(&current().context, &scheduler); }
 inline void run_thread() {
   try {
     kernel();
   } catch (const std::exception& error) {  // an exception must not leave its stack
     if (failure.empty()) failure = error.what();
   }
-  threads[thread.x].done = true;
+  current().done = true;
   yield();
 }
 
@@ -95,17 +102,18 @@ struct Exchange {
   unsigned turn = 0;
   uint32_t words[2][kLanes][kWords];
 };
-inline Exchange exchanges[kMaxWarps];
+inline Exchange exchanges[kMaxCluster][kMaxWarps];
 struct Barrier {
   int arrived = 0;
   unsigned turn = 0;
 };
-inline Barrier barriers[16];
+inline Barrier barriers[kMaxCluster][16];
+inline Barrier cluster_barrier;
 
 template <int kCount>
 const uint32_t (*meet(const uint32_t (&mine)[kCount]))[kWords] {
   static_assert(kCount <= kWords);
-  Exchange& e = exchanges[thread.x / kLanes];
+  Exchange& e = exchanges[rank][thread.x / kLanes];
   const unsigned turn = e.turn;
   std::copy(mine, mine + kCount, e.words[turn % 2][thread.x % kLanes]);
   if (++e.arrived == kLanes) {
@@ -115,23 +123,30 @@ const uint32_t (*meet(const uint32_t (&mine)[kCount]))[kWords] {
   while (e.turn == turn) yield();
   return e.words[turn % 2];
 }
+inline void arrive_at(Barrier& b, int count) {
+  if (++b.arrived < count) return;
+  b.arrived = 0;
+  ++b.turn;
+}
 inline void wait_at(int id, int count) {
-  Barrier& b = barriers[id];
+  Barrier& b = barriers[rank][id];
   const unsigned turn = b.turn;
-  if (++b.arrived == count) {
-    b.arrived = 0;
-    ++b.turn;
-  }
+  arrive_at(b, count);
   while (b.turn == turn) yield();
 }
 
 // --- shared memory ---------------------------------------------------------------------------------------------------------
 inline constexpr uint32_t kSharedBase = 1024;  // an address of 0 is a mistake
+inline constexpr int kRankShift = 24;          // of an address in another block: above it, the rank + 1
+inline uint32_t in_block(uint32_t address, int of) {
+  return address >> kRankShift != 0 ? address : address | static_cast<uint32_t>(of + 1) << kRankShift;
+}
 inline char* at(uint32_t address, uint32_t bytes) {
-  check(address >= kSharedBase && address + bytes <= kSharedBase + sparse_marlin::device::kSharedBytes,
-        "outside shared memory");
-  check(bytes > 16 || address % bytes == 0, "not aligned");
-  return reinterpret_cast<char*>(sparse_marlin::device::shared) + (address - kSharedBase);
+  const uint32_t full = in_block(address, rank), local = full & ((1u << kRankShift) - 1);
+  check(local >= kSharedBase && local + bytes <= kSharedBase + kSharedBytes, "outside shared memory");
+  check(bytes > 16 || local % bytes == 0, "not aligned");
+  return reinterpret_cast<char*>(sparse_marlin::device::shared) + ((full >> kRankShift) - 1) * kSharedBytes +
+         (local - kSharedBase);
 }
 template <typename T>
 T load(uint32_t address) {
@@ -152,7 +167,7 @@ struct MBarrier {
 };
 inline std::map<uint32_t, MBarrier> mbarriers;
 inline MBarrier& mbarrier(uint32_t address) {
-  const auto found = mbarriers.find(address);
+  const auto found = mbarriers.find(in_block(address, rank));
   if (found == mbarriers.end()) fail("a barrier that is not initialized");
   return found->second;
 }
@@ -188,20 +203,25 @@ struct TensorMap {
 };
 static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
 
-// Runs one block to its end. Shared memory and barriers are as a block finds them: undefined.
-inline void run_block(int index, int blocks, int count, const std::function<void()>& body) {
-  block.x = index;
+// Runs a cluster to its end, by default of one block. Shared memory and barriers are as a block finds them: undefined.
+inline void run_cluster(int index, int blocks, int count, const std::function<void()>& body, int size = 1) {
   grid.x = blocks;
+  cluster_blocks = size;
   block_threads = count;
   kernel = body;
   failure.clear();
   mbarriers.clear();
   copies.clear();
   std::memset(sparse_marlin::device::shared, 0xff, sizeof(sparse_marlin::device::shared));
-  for (Exchange& e : exchanges) e.arrived = 0;
-  for (Barrier& b : barriers) b.arrived = 0;
-  if (threads.size() < static_cast<size_t>(count)) threads.resize(count);
-  for (int i = 0; i < count; ++i) {
+  for (auto& of_block : exchanges) {
+    for (Exchange& e : of_block) e.arrived = 0;
+  }
+  for (auto& of_block : barriers) {
+    for (Barrier& b : of_block) b.arrived = 0;
+  }
+  cluster_barrier = {};
+  if (threads.size() < static_cast<size_t>(size * count)) threads.resize(size * count);
+  for (int i = 0; i < size * count; ++i) {
     Thread& t = threads[i];
     t.done = false;
     getcontext(&t.context);
@@ -210,18 +230,20 @@ inline void run_block(int index, int blocks, int count, const std::function<void
     t.context.uc_link = nullptr;
     makecontext(&t.context, run_thread, 0);
   }
-  std::vector<int> warps(count / kLanes);
+  std::vector<int> warps(size * count / kLanes);  // of all blocks
   for (size_t i = 0; i < warps.size(); ++i) warps[i] = static_cast<int>(i);
-  int left = count;
+  int left = size * count;
   for (long turn = 0; left > 0 && failure.empty(); ++turn) {
-    if (turn == kMostTurns) throw std::runtime_error("block " + std::to_string(index) + ": nobody gets on");
+    if (turn == kMostTurns) throw std::runtime_error("cluster " + std::to_string(index) + ": nobody gets on");
     std::shuffle(warps.begin(), warps.end(), random);
     for (const int warp : warps) {
       for (int lane = 0; lane < kLanes; ++lane) {
-        thread.x = warp * kLanes + lane;
-        if (threads[thread.x].done) continue;
-        swapcontext(&scheduler, &threads[thread.x].context);
-        left -= threads[thread.x].done ? 1 : 0;
+        rank = warp * kLanes / count;
+        block.x = index * size + rank;
+        thread.x = warp * kLanes % count + lane;
+        if (current().done) continue;
+        swapcontext(&scheduler, &current().context);
+        left -= current().done ? 1 : 0;
       }
     }
     if (random() % 4 == 0) do_a_copy();

@@ -1,5 +1,6 @@
 // The decode kernel, block for block on the CPU (lanes.h), against sums over the codes in float64: every tile, every way of scaling,
-// both types, with and without a low-rank correction; sizes that fill neither tiles nor turns, and so few SMs that blocks walk.
+// both types, k split over clusters, with and without a low-rank correction; sizes that fill neither tiles nor turns, and so few SMs that
+// blocks walk.
 #include <gtest/gtest.h>
 
 #include "device/kernel_decode.cuh"
@@ -38,7 +39,7 @@ CUtensorMap map_of(const emulated::TensorMap& map) {
 }
 
 template <typename Act, int kBits, int kTileIndex, ScaleMode kMode, bool kLowRank>
-void expect_right(int m, int n, int k, int group_size, int num_sms) {
+void expect_right(int m, int n, int k, int group_size, int num_sms, int splits = 1) {
   constexpr TileDecode kTile = kTilesDecode[kTileIndex];
   const bool half = std::is_same_v<Act, __half>;
   const int rank = kLowRank ? kRank : 0;
@@ -49,10 +50,11 @@ void expect_right(int m, int n, int k, int group_size, int num_sms) {
   problem.group_size = group_size;
   problem.num_bits = kBits;
   problem.dtype = half ? DType::kFloat16 : DType::kBFloat16;
-  const SmemDecode smem = decode_layout(problem, kTile, 1, num_sms, kSmemPerSm, rank);
+  const SmemDecode smem = decode_layout(problem, kTile, splits, num_sms, kSmemPerSm, rank);
   if (smem.stages == 0) return;  // no plan has it
   SCOPED_TRACE(testing::Message() << "tile " << kTileIndex << ", " << m << " tokens, " << k << " -> " << n << ", group "
-                                  << group_size << ", " << num_sms << " SMs, " << smem.stages << " stages");
+                                  << group_size << ", " << num_sms << " SMs, " << smem.stages << " stages, " << splits
+                                  << " splits");
 
   const std::vector<int8_t> codes = test::random_codes(n, k, kBits, static_cast<uint32_t>(emulated::random()));
   const test::Packed packed = test::pack_codes(codes, n, k, kBits);
@@ -80,7 +82,7 @@ void expect_right(int m, int n, int k, int group_size, int num_sms) {
   args.gemm.k = k;
   args.gemm.tiles_m = (m + kTile.block_m - 1) / kTile.block_m;
   args.gemm.tiles_n = (n + kTile.block_n() - 1) / kTile.block_n();
-  args.gemm.splits = 1;
+  args.gemm.splits = splits;
   args.gemm.num_groups = groups;
   args.gemm.group_size = group_size;
   args.gemm.group_shift = group_size > 0 ? __builtin_ctz(group_size) : 0;
@@ -93,9 +95,9 @@ void expect_right(int m, int n, int k, int group_size, int num_sms) {
                 device::inverse(args.gemm.tiles_m),
                 args.gemm.tiles_m * args.gemm.tiles_n,
                 static_cast<int>(format::col_tiles(k)),
-                turns(kTile, k, 1),
-                kTile.warps_k,
-                1,
+                turns(kTile, k, splits),
+                kTile.warps_k * splits,
+                splits,
                 smem.stages,
                 smem.weights,
                 smem.weights_full};
@@ -109,7 +111,7 @@ void expect_right(int m, int n, int k, int group_size, int num_sms) {
                             {kActBytes, int64_t{n} * kActBytes, 0},
                             {kTile.block_n(), chunk_scale_rows(kTile, group_size), 1},
                             false});
-  int blocks = std::min(args.start.tiles, num_sms * kTile.blocks);
+  int clusters = splits > 1 ? args.start.tiles : std::min(args.start.tiles, num_sms * kTile.blocks);
   if (kLowRank) {
     char* base = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(workspace.data()) + 255) / 256 * 256);
     const LowRankWorkspace places = low_rank_workspace(m, k, rank);
@@ -123,14 +125,15 @@ void expect_right(int m, int n, int k, int group_size, int num_sms) {
     low.shares_log2 = project_shares_log2(m, k, rank);
     low.senders = project_blocks(m, k, rank);
     low.lead = low.lead_clusters = lead_blocks(m, k, rank, 1);
-    low.step = low.num_readers = blocks;
+    low.step = low.num_readers = clusters;
     args.up_map = map_of(
         {up.data(), {rank, n, 1}, {kActBytes, int64_t{rank} * kActBytes, 0}, {kUpBoxRanks, kTile.block_n(), 1}, true});
-    blocks += low.lead;
+    clusters += low.lead;
   }
-  for (int i = 0; i < blocks; ++i) {
-    ASSERT_NO_THROW(emulated::run_block(i, blocks, kTile.threads(),
-                                        [&] { device::gemm_decode<Act, kBits, kTileIndex, kMode, kLowRank>(args); }));
+  for (int i = 0; i < clusters; ++i) {
+    ASSERT_NO_THROW(emulated::run_cluster(
+        i, clusters * splits, kTile.threads(),
+        [&] { device::gemm_decode<Act, kBits, kTileIndex, kMode, kLowRank>(args); }, splits));
   }
 
   double error = 0, size = 0;
@@ -167,6 +170,9 @@ void expect_tile_right() {
   expect_right<Act, kBits, kTileIndex, ScaleMode::kTiles, kLowRank>(more, 264, 1408, 256, 1);
   expect_right<Act, kBits, kTileIndex, ScaleMode::kSteps, kLowRank>(tokens - 1, 136, 1600, small_group, 1);
   expect_right<Act, kBits, kTileIndex, ScaleMode::kNone, kLowRank>(tokens, 72, 640, kChannelwise, 132);
+  if (kLowRank) return;
+  expect_right<Act, kBits, kTileIndex, ScaleMode::kTiles, kLowRank>(tokens, 72, 2560, 128, 132, 2);
+  expect_right<Act, kBits, kTileIndex, ScaleMode::kNone, kLowRank>(tokens / 2 + 1, 40, 3200, kChannelwise, 132, 5);
 }
 template <typename Act, int kBits, bool kLowRank, int... kTileIndex>
 void expect_tiles_right(std::integer_sequence<int, kTileIndex...>) {

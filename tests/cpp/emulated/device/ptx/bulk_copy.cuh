@@ -11,6 +11,8 @@ inline void arrived(uint32_t barrier, long bytes) {
 inline void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t barrier, uint64_t = 0) {
   emulated::check(dst % 16 == 0 && bytes % 16 == 0 && reinterpret_cast<uintptr_t>(src) % 16 == 0,
                   "a bulk copy is of multiples of 16 bytes");
+  dst = emulated::in_block(dst, emulated::rank);  // whoever runs when the copy is done
+  barrier = emulated::in_block(barrier, emulated::rank);
   emulated::copy([=] {
     std::memcpy(emulated::at(dst, bytes), src, bytes);
     arrived(barrier, bytes);
@@ -19,6 +21,8 @@ inline void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t ba
 inline void tensor_load_3d(uint32_t dst, const CUtensorMap* map, int x, int y, int z, uint32_t barrier) {
   emulated::TensorMap m;
   std::memcpy(&m, map, sizeof(m));
+  dst = emulated::in_block(dst, emulated::rank);
+  barrier = emulated::in_block(barrier, emulated::rank);
   emulated::copy([=] {
     uint32_t offset = 0;
     for (int k = z; k < z + m.box[2]; ++k) {

@@ -5,7 +5,7 @@ namespace sparse_marlin::ptx {
 
 inline void mbarrier_init(uint32_t barrier, int arrivals) {
   emulated::at(barrier, sizeof(uint64_t));
-  emulated::mbarriers[barrier] = {arrivals, arrivals, 0, 0};
+  emulated::mbarriers[emulated::in_block(barrier, emulated::rank)] = {arrivals, arrivals, 0, 0};
 }
 inline void mbarrier_init_fence() {}
 inline void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
@@ -21,8 +21,7 @@ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   while (!mbarrier_test(barrier, parity)) emulated::yield();
 }
 
-// Of clusters, which these tests do not have.
-inline uint32_t remote_address(uint32_t, uint32_t) { emulated::fail("a cluster of one block"); }
-inline void mbarrier_wait_cluster(uint32_t, uint32_t) { emulated::fail("a cluster of one block"); }
+inline uint32_t remote_address(uint32_t address, uint32_t block) { return emulated::in_block(address, block); }
+inline void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) { mbarrier_wait(barrier, parity); }
 
 }  // namespace sparse_marlin::ptx
