@@ -37,6 +37,22 @@ def problems():
                     yield _core.Problem(m, n, k, group_size, num_bits)
 
 
+def test_blocks_of_a_small_launch_cannot_lie_two_on_an_sm():
+    """And one of a kernel that fits an SM twice has room beside such a block."""
+    device = DEVICES["H100"]
+    alone, twice = [], []  # bytes of shared memory that a block takes, with what the system takes
+    for problem in problems():
+        plan = _core.plan(problem, device)
+        tile = _core.TILES[plan.tile]
+        if plan.grid <= device.num_sms:
+            alone.append(plan.smem_bytes + 1024)
+        elif tile.kernel != "sm80" and tile.blocks == 2:
+            twice.append(plan.smem_bytes + 1024)
+    assert 2 * min(alone) > device.smem_per_sm
+    assert 2 * max(twice) <= device.smem_per_sm
+    assert min(alone) + max(twice) <= device.smem_per_sm
+
+
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_plan_can_run(name):
     device = DEVICES[name]

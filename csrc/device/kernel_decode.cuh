@@ -169,6 +169,7 @@ __global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(),
   using Loader = DecodeLoader<kTile, kMode, kLowRank>;
   using Warp = DecodeWarp<Act, kBits, kTile, kMode, kLowRank>;
   using End = DecodeEpilogue<Act, Warp, kTile, kMode, kLowRank>;
+  constexpr int kStart = 2;  // a barrier; the epilogue's is 1
   extern __shared__ uint8_t shared[];
   const uint32_t unaligned = ptx::smem_address(shared);
   const uint32_t smem = (unaligned + kSwizzleAlign - 1) & ~uint32_t{kSwizzleAlign - 1};
@@ -200,12 +201,17 @@ __global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(),
     if constexpr (kLowRank) {
       if (asks && LowRankPlaces<kTile, kMode>::corrects()) LowRankPlaces<kTile, kMode>{{args, smem}}.begin();
     }
-    if (asks) asked = loader.begin();
+    if (asks) asked = loader.prepare();
+    __syncwarp();
+    ptx::named_barrier_arrive(kStart, kTile.threads());
+    if (asks) loader.begin(asked);
     if (asks && args.gemm.splits > 1) loader.expect_sums();
     __syncwarp();
   } else {
     state = {mine.start(), mine.first_stage(), mine.first_chunk()};
     places = mine.places();
+    ptx::named_barrier(kStart, kTile.threads());  // `started` is ready
+    mine.go_on(state.stream);
   }
   __syncthreads();  // all barriers in shared memory are ready
   if (args.gemm.splits > 1) ptx::cluster_arrive();

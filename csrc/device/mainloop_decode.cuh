@@ -67,6 +67,8 @@ struct DecodePlaces {
   // Of the chunk whose `full` barrier is given.
   __device__ __forceinline__ uint32_t empty(uint32_t full) const { return full + args.smem.chunks * kBarrierBytes; }
 
+  // The kernel before has ended, and the first chunk is asked for.
+  __device__ __forceinline__ uint32_t started() const { return smem + args.smem.started; }
   __device__ __forceinline__ uint32_t received_full() const { return smem + args.smem.received_full; }
 };
 
@@ -108,18 +110,22 @@ struct DecodeLoader : DecodePlaces<kTile, kMode, kLowRank> {
 
   // One thread's. The first chunk, while the other warps ask for their weights: copies are served in the order in which they were
   // asked for, and behind all weights it would be the last to arrive. Not more than that, since the others wait until this is done.
-  __device__ __forceinline__ State begin() const {
+  __device__ __forceinline__ State prepare() const {
     State s;
     s.chunk = this->first_chunk();
     init_barriers(s.chunk.barrier, 1);
+    ptx::mbarrier_init(this->started(), 1);
     ptx::mbarrier_init_fence();
     begin_tile(s, this->first_tile());
+    return s;
+  }
+  __device__ __forceinline__ void begin(State& s) const {
     ptx::grid_dependency_wait();
     ptx::grid_launch_dependents();
     if (s.tile < args.start.tiles) ask(s);
+    ptx::mbarrier_arrive(this->started());
     init_barriers(this->first_chunk().barrier + kBarrierBytes, args.smem.chunks - 1);
     ptx::mbarrier_init_fence();
-    return s;
   }
   __device__ __forceinline__ void init_barriers(uint32_t full, int count) const {
 #pragma unroll 1
@@ -163,6 +169,8 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
   static constexpr int kTogether = kCols * kSlices * kTile.token_blocks() <= 4 ? kCols : 1;
   static constexpr int kPlaneSteps = format::kSliceSteps * 4 / kBits;  // steps whose codes a lane gets with one load
   using Codes = Dequant<Act, kBits>;
+  static constexpr int kPace = 2;  // stages on their way while the kernel before runs
+  static constexpr uint32_t kPollNs = 100;
   struct Sums {
     ptx::FragD d[kSlices][kBlocks];
   };
@@ -224,13 +232,28 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
     RingPlace stage = first_stage();
     ask(s, stage.at, stage.barrier);
     init_barriers(1, args.start.stages);
+    fill<false>(s, 1, min(kPace, args.start.stages));
+    return s;
+  }
+  // The rest of the ring; while the kernel before runs, kPace stages ahead of what has arrived: the memory is as busy with few requests as
+  // with many, and what that kernel still writes and this one's first activations would wait behind them.
+  __device__ __forceinline__ void go_on(Stream& s) const { fill<true>(s, kPace, args.start.stages); }
+  template <bool kPaced>
+  __device__ __forceinline__ void fill(Stream& s, int first, int last) const {
+    RingPlace stage = first_stage();
+    stage.at += first * kStageBytes;
+    stage.barrier += first * kBarrierBytes;
 #pragma unroll 1
-    for (int i = 1; i < args.start.stages; ++i) {
+    for (int i = first; i < last; ++i) {
+      if (kPaced) {
+        while (!ptx::mbarrier_test(this->started(), 0) &&
+               !ptx::mbarrier_try_wait_for(stage.barrier - kPace * kBarrierBytes, 0, kPollNs)) {
+        }
+      }
+      ask(s, stage.at, stage.barrier);
       stage.at += kStageBytes;
       stage.barrier += kBarrierBytes;
-      ask(s, stage.at, stage.barrier);
     }
-    return s;
   }
   __device__ __forceinline__ void init_barriers(int first, int last) const {
     if (ptx::elect_one()) {

@@ -16,6 +16,7 @@
 #include "launch/launch.h"
 #include "launch/launch_decode.h"
 #include "launch/launch_sm90.h"
+#include "launch/shared_memory.h"
 #include "plan/smem.h"
 #include "plan/tiles_all.h"
 #include "plan/workspace.h"
@@ -62,18 +63,6 @@ KernelChoice find_kernel(const Problem& problem, int tile) {
   return {(*tables[table])[mode][tile], (table * kScaleModes + mode) * static_cast<int>(kTiles.size()) + tile};
 }
 constexpr int kKernels = 4 * kScaleModes * static_cast<int>(kTiles.size());
-
-// A kernel may use more than 48 KB of shared memory only after it was allowed to, once for each device.
-cudaError_t allow_shared_memory(const KernelChoice& choice, int device) {
-  static std::array<std::atomic<bool>, kMaxDevices * kKernels> allowed{};
-  std::atomic<bool>& done = allowed[device * kKernels + choice.index];
-  if (done.load(std::memory_order_acquire)) return cudaSuccess;
-  const cudaError_t status =
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(choice.kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           device_properties(device).smem_per_block);
-  if (status == cudaSuccess) done.store(true, std::memory_order_release);
-  return status;
-}
 
 // Splits whose sums a second kernel adds.
 int reduced_splits(int tile, int splits) { return family(tile) == Family::kSm80 ? splits : 1; }
@@ -123,7 +112,9 @@ cudaError_t copy_aligned(const void* from, const void* to, int64_t rows, int64_t
 cudaError_t launch_sm80(const Problem& problem, const Plan& plan, const device::KernelArgs& args, int device,
                         cudaStream_t stream) {
   const KernelChoice choice = find_kernel(problem, plan.tile);
-  const cudaError_t status = allow_shared_memory(choice, device);
+  static std::array<std::atomic<bool>, kMaxDevices * kKernels> allowed{};
+  const cudaError_t status = allow_shared_memory(reinterpret_cast<const void*>(choice.kernel), device,
+                                                 allowed[device * kKernels + choice.index]);
   if (status != cudaSuccess) return status;
   return launch_dependent(choice.kernel, args, plan.grid, plan.threads, plan.smem_bytes, 1,
                           plan.dependent && device_properties(device).compute_capability >= kDependent, stream);

@@ -9,6 +9,7 @@
 #include "launch/kernel_table_decode.h"
 #include "launch/launch.h"
 #include "launch/launch_token.h"
+#include "launch/shared_memory.h"
 #include "launch/tensor_map.h"
 #include "plan/low_rank.h"
 #include "plan/smem_decode.h"
@@ -105,14 +106,10 @@ cudaError_t launch_decode(const Problem& problem, const Plan& plan, const device
   const GemmKernelDecode kernel = (*tables[table])[mode][index];
 
   static std::array<std::atomic<bool>, kMaxDevices * kTables * kScaleModes * kTilesDecode.size()> allowed{};
-  auto& done = allowed[((device * kTables + table) * kScaleModes + mode) * kTilesDecode.size() + index];
-  if (!done.load(std::memory_order_acquire)) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             device_properties(device).smem_per_block);
-    if (status != cudaSuccess) return status;
-    done.store(true, std::memory_order_release);
-  }
+  cudaError_t status =
+      allow_shared_memory(reinterpret_cast<const void*>(kernel), device,
+                          allowed[((device * kTables + table) * kScaleModes + mode) * kTilesDecode.size() + index]);
+  if (status != cudaSuccess) return status;
 
   device::KernelArgsDecode args{};
   args.gemm = gemm;
@@ -120,7 +117,7 @@ cudaError_t launch_decode(const Problem& problem, const Plan& plan, const device
   const TileDecode& tile = tile_decode(plan.tile);
   args.smem = decode_layout(problem, tile, plan.splits, gpu.num_sms, gpu.smem_per_sm, plan.rank);
   args.start = start_args(problem, plan, gemm, args.smem);
-  cudaError_t status = write_maps(args, problem, tile);
+  status = write_maps(args, problem, tile);
   if (status == cudaSuccess && plan.rank > 0) {
     args.low = low_rank_args(problem, plan, gemm, factors);
     status = TensorMap<2>{act_type(problem),

@@ -7,6 +7,7 @@
 #include "launch/dependent_launch.cuh"
 #include "launch/kernel_table_sm90.h"
 #include "launch/launch_token.h"
+#include "launch/shared_memory.h"
 #include "launch/tensor_map.h"
 #include "plan/smem_sm90.h"
 #include "plan/tiles_all.h"
@@ -77,14 +78,10 @@ cudaError_t launch_sm90(const Problem& problem, const Plan& plan, const device::
   const SmemSm90 smem = smem_sm90(tile.size(), problem.num_bits, scale_mode(problem.group_size));
 
   static std::array<std::atomic<bool>, kMaxDevices * kTables * kScaleModes * kShapesSm90.size()> allowed{};
-  auto& done = allowed[((device * kTables + table) * kScaleModes + mode) * kShapesSm90.size() + shape];
-  cudaError_t status = cudaSuccess;
-  if (!done.load(std::memory_order_acquire)) {
-    status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  plan.smem_bytes);
-    if (status != cudaSuccess) return status;
-    done.store(true, std::memory_order_release);
-  }
+  cudaError_t status =
+      allow_shared_memory(reinterpret_cast<const void*>(kernel), device,
+                          allowed[((device * kTables + table) * kScaleModes + mode) * kShapesSm90.size() + shape]);
+  if (status != cudaSuccess) return status;
 
   device::KernelArgsSm90 args{};
   args.gemm = gemm;

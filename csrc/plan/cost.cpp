@@ -21,10 +21,9 @@ namespace {
 
 constexpr double kL2BytesPerUsSm = 60e3;
 constexpr double kReduceBytesPerUsSm = 75e3;
-constexpr double kReached = 0.93;    // of the peak of the memory's bandwidth
-constexpr double kL2Kept = 0.4;      // of it; both halves of an H100's keep what all SMs read
-constexpr int kRaster = 8;           // device/scheduler.cuh
-constexpr int kSmemReserved = 1024;  // bytes a block costs beside its own
+constexpr double kReached = 0.93;  // of the peak of the memory's bandwidth
+constexpr double kL2Kept = 0.4;    // of it; both halves of an H100's keep what all SMs read
+constexpr int kRaster = 8;         // device/scheduler.cuh
 
 double dram_bytes_per_us_sm(const Device& device) {
   if (device.dram_gb_per_s > 0) return kReached * device.dram_gb_per_s * 1e3 / device.num_sms;
@@ -48,7 +47,7 @@ int resident_clusters(const Device& device, int size) {
 int blocks_per_sm(const Device& device, const Plan& plan) {
   if (family(plan.tile) != Family::kSm80) return blocks(plan.tile);
   const Tile& tile = kTiles[plan.tile];
-  const int by_smem = device.smem_per_sm / (plan.smem_bytes + kSmemReserved);
+  const int by_smem = device.smem_per_sm / (plan.smem_bytes + kSmemPerBlock);
   const bool few_threads = device.compute_capability == 86 || device.compute_capability == 89;
   const int by_threads = (few_threads ? 1536 : 2048) / tile.threads();
   return std::max(1, std::min({by_smem, by_threads, tile.min_blocks}));

@@ -71,7 +71,7 @@ void build_sm80(Candidate& c, const Problem& problem, const Device& device, int 
   for (int stages = wanted; stages >= kMinStages; --stages) {
     const int bytes = smem_bytes(tile, problem.num_bits, rows, problem.group_size, stages);
     // leave room for the blocks the register budget allows, if two stages still fit
-    const int room = std::min(device.smem_per_block, device.smem_per_sm / tile.min_blocks - 1024);
+    const int room = std::min(device.smem_per_block, device.smem_per_sm / tile.min_blocks - kSmemPerBlock);
     if (bytes <= (stages == kMinStages ? device.smem_per_block : room)) {
       p.num_stages = stages;
       p.smem_bytes = bytes;
@@ -227,6 +227,9 @@ Candidate build(const Problem& problem, const Device& device, int tile, int spli
     case Family::kSm90: build_sm90(c, problem, device, splits); break;
     case Family::kDecode: build_decode(c, problem, device, splits, rank); break;
   }
+  Plan& p = c.plan;
+  const bool spread = device.compute_capability == kHopper && rank == 0 && p.grid <= device.num_sms;
+  if (c.rejected.empty() && spread) p.smem_bytes = std::max(p.smem_bytes, smem_alone(device.smem_per_sm));
   return c;
 }
 

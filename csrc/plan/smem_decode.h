@@ -9,7 +9,7 @@
 //   received  [split][vector that the block owns] float32: where splits > 1, the blocks' sums
 //   up        [64 ranks][block_n][64], 128-byte swizzled: the correction's second factor
 //   projected [token][rank + padding]: what the first factor makes of the activations, all tokens of the problem
-//   barriers  weights full [warp][stage], then chunk full [chunk], then chunk empty [chunk], then received, up full, shares full
+//   barriers  weights full [warp][stage], then chunk full [chunk], then chunk empty [chunk], started, received, up full, shares full
 #pragma once
 #include <algorithm>
 
@@ -22,7 +22,6 @@ namespace sparse_marlin {
 
 inline constexpr int kMaxStagesDecode = 6;
 inline constexpr int kMinStagesDecode = 2;
-inline constexpr int kSmemPerBlock = 1024;  // what the system takes of an SM's shared memory for a block
 inline constexpr int kDecodeColMultiple =
     kHalfCols;  // activations are copied by 64 columns; k must be a multiple of it
 
@@ -53,6 +52,7 @@ struct SmemDecode {
   int weights_full;
   int chunk_full;
   int chunk_empty;
+  int started;
   int received_full;
   int up;  // where there is a low-rank correction
   int projected;
@@ -92,7 +92,8 @@ constexpr SmemDecode smem_decode(const TileDecode& t, const Problem& p, int spli
   s.weights_full = s.projected + (rank > 0 ? static_cast<int>(p.m) * projected_pitch(rank) * kActBytes : 0);
   s.chunk_full = s.weights_full + t.warps() * stages * kBarrierBytes;
   s.chunk_empty = s.chunk_full + chunks * kBarrierBytes;
-  s.received_full = s.chunk_empty + chunks * kBarrierBytes;
+  s.started = s.chunk_empty + chunks * kBarrierBytes;
+  s.received_full = s.started + kBarrierBytes;
   s.up_full = s.received_full + kBarrierBytes;
   s.shares_full = s.up_full + kBarrierBytes;
   s.size = (rank > 0 ? s.shares_full : s.received_full) + kBarrierBytes + kSwizzleAlign;
@@ -127,7 +128,7 @@ inline constexpr int64_t kMostTilesDecode = int64_t{1} << 32;
 constexpr SmemDecode decode_layout(const Problem& p, const TileDecode& t, int splits, int num_sms, int smem_per_sm,
                                    int rank = 0) {
   const bool walks = tiles_decode(p, t) * splits > int64_t{num_sms} * t.blocks;
-  return fitting_smem_decode(t, p, splits, walks, smem_per_sm / t.blocks - kSmemPerBlock, rank);
+  return fitting_smem_decode(t, p, splits, walks, smem_beside(smem_per_sm, t.blocks), rank);
 }
 
 }  // namespace sparse_marlin

@@ -58,8 +58,10 @@ constexpr int pass_tokens(int block_m) {
 
 constexpr int passes(int block_m) { return (block_m + pass_tokens(block_m) - 1) / pass_tokens(block_m); }
 
-// An SM of compute capability 9.0 has 228 KB, of which the system takes 1 KB for each block.
-constexpr int max_smem(const ShapeSm90& t) { return t.blocks() == 1 ? kMaxSmemSm90 : (228 << 10) / t.blocks() - 1024; }
+constexpr int max_smem(const ShapeSm90& t) {
+  constexpr int kPerSm = 228 << 10;  // compute capability 9.0
+  return t.blocks() == 1 ? kMaxSmemSm90 : smem_beside(kPerSm, t.blocks());
+}
 
 constexpr SmemSm90 smem_sm90(const ShapeSm90& t, int num_bits, ScaleMode mode) {
   SmemSm90 s{};

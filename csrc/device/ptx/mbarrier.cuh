@@ -46,6 +46,15 @@ __device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity)
                : "memory");
   return done != 0;
 }
+// Waits for it so many nanoseconds, if that suits the machine.
+__device__ __forceinline__ bool mbarrier_try_wait_for(uint32_t barrier, uint32_t parity, uint32_t ns) {
+  uint32_t done;
+  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2, %3;\nselp.u32 %0, 1, 0, p;\n}"
+               : "=r"(done)
+               : "r"(barrier), "r"(parity), "r"(ns)
+               : "memory");
+  return done != 0;
+}
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   while (!mbarrier_try_wait(barrier, parity)) {
   }

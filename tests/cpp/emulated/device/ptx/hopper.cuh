@@ -7,6 +7,9 @@ inline bool elect_one() {
   __syncwarp();  // all lanes come here
   return emulated::thread.x % emulated::kLanes == 0;
 }
+inline void named_barrier_arrive(int id, int threads) {
+  emulated::arrive_at(emulated::barriers[emulated::rank][id], threads);
+}
 inline int cluster_block() { return emulated::rank; }
 inline int cluster_id() { return emulated::block.x / emulated::cluster_blocks; }
 inline void cluster_arrive() {

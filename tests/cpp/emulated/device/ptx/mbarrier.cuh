@@ -16,7 +16,11 @@ inline void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
 }
 inline void mbarrier_arrive(uint32_t barrier) { mbarrier_arrive_expect(barrier, 0); }
 inline bool mbarrier_test(uint32_t barrier, uint32_t parity) { return emulated::mbarrier(barrier).phase % 2 != parity; }
-inline bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) { return mbarrier_test(barrier, parity); }
+inline bool mbarrier_try_wait_for(uint32_t barrier, uint32_t parity, uint32_t) {
+  if (mbarrier_test(barrier, parity)) return true;
+  emulated::yield();
+  return mbarrier_test(barrier, parity);
+}
 inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   while (!mbarrier_test(barrier, parity)) emulated::yield();
 }
