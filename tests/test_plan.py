@@ -37,20 +37,11 @@ def problems():
                     yield _core.Problem(m, n, k, group_size, num_bits)
 
 
-def test_blocks_of_a_small_launch_cannot_lie_two_on_an_sm():
-    """And one of a kernel that fits an SM twice has room beside such a block."""
-    device = DEVICES["H100"]
-    alone, twice = [], []  # bytes of shared memory that a block takes, with what the system takes
-    for problem in problems():
-        plan = _core.plan(problem, device)
-        tile = _core.TILES[plan.tile]
-        if plan.grid <= device.num_sms:
-            alone.append(plan.smem_bytes + 1024)
-        elif tile.kernel != "sm80" and tile.blocks == 2:
-            twice.append(plan.smem_bytes + 1024)
-    assert 2 * min(alone) > device.smem_per_sm
-    assert 2 * max(twice) <= device.smem_per_sm
-    assert min(alone) + max(twice) <= device.smem_per_sm
+def test_launches_with_no_more_blocks_than_sms_are_spread():
+    spread = [_core.plan(problem, DEVICES["H100"]) for problem in problems()]
+    assert {plan.spread for plan in spread} == {True, False}
+    assert all(plan.spread == (plan.grid <= DEVICES["H100"].num_sms) for plan in spread)
+    assert not any(_core.plan(problem, DEVICES["A100"]).spread for problem in problems())
 
 
 @pytest.mark.parametrize("name", DEVICES)

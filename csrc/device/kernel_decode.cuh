@@ -153,23 +153,28 @@ struct DecodeEpilogue {
   }
 };
 
-// Blocks that an SM must hold: with a correction and small groups the widest tile has no registers left for two.
-constexpr int blocks_an_sm(const TileDecode& t, ScaleMode mode, bool low_rank) {
-  return low_rank && mode == ScaleMode::kSteps && t.slices == 4 ? 1 : t.blocks;
+// Registers of a thread, at most: an SM holds t.blocks blocks, whose warps share out four times 16,384, by the 8 for a thread. No launch
+// bounds, since a launch may bring idle warps (launch/spread.h). With a correction and small groups the widest tile has no
+// registers left for two blocks.
+constexpr int max_registers(const TileDecode& t, ScaleMode mode, bool low_rank) {
+  constexpr int kSchedulers = 4, kOfScheduler = 16384 / format::kLanes, kUnit = 8;
+  const int blocks = low_rank && mode == ScaleMode::kSteps && t.slices == 4 ? 1 : t.blocks;
+  const int warps = (blocks * t.threads() / format::kLanes + kSchedulers - 1) / kSchedulers;
+  return kOfScheduler / warps / kUnit * kUnit;
 }
 
 // The tile goes by its index in kTilesDecode, as in kernel_sm80.cuh.
 // kLowRank: with a low-rank correction; a kernel of its own, so that the others keep their registers.
 template <typename Act, int kBits, int kTileIndex, ScaleMode kMode, bool kLowRank>
-__global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(),
-                                  blocks_an_sm(kTilesDecode[kTileIndex], kMode, kLowRank))
+__global__ void __maxnreg__(max_registers(kTilesDecode[kTileIndex], kMode, kLowRank))
     gemm_decode(const __grid_constant__ KernelArgsDecode args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr TileDecode kTile = kTilesDecode[kTileIndex];
   using Loader = DecodeLoader<kTile, kMode, kLowRank>;
   using Warp = DecodeWarp<Act, kBits, kTile, kMode, kLowRank>;
   using End = DecodeEpilogue<Act, Warp, kTile, kMode, kLowRank>;
-  constexpr int kStart = 2;  // a barrier; the epilogue's is 1
+  constexpr int kThreads = kTile.threads();
+  constexpr int kStart = 2, kReady = 3, kEnd = 4;  // barriers; the epilogue's is 1
   extern __shared__ uint8_t shared[];
   const uint32_t unaligned = ptx::smem_address(shared);
   const uint32_t smem = (unaligned + kSwizzleAlign - 1) & ~uint32_t{kSwizzleAlign - 1};
@@ -181,6 +186,13 @@ __global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(),
   }
   // the same in all lanes of a warp, which the compiler learns from the shuffle
   const int warp = __shfl_sync(~0u, threadIdx.x / format::kLanes, 0), lane = threadIdx.x % format::kLanes;
+
+  const bool idle_warps = !kLowRank && blockDim.x > kThreads;
+  if (idle_warps && warp > kTile.warps()) {  // keeps its registers to the end
+    if (args.start.splits > 1) ptx::cluster_arrive();
+    ptx::named_barrier(kEnd, blockDim.x);
+    return;
+  }
 
   const bool loads = warp == kTile.warps();
   const bool asks = loads && ptx::elect_one();
@@ -203,17 +215,18 @@ __global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(),
     }
     if (asks) asked = loader.prepare();
     __syncwarp();
-    ptx::named_barrier_arrive(kStart, kTile.threads());
+    ptx::named_barrier_arrive(kStart, kThreads);
     if (asks) loader.begin(asked);
     if (asks && args.gemm.splits > 1) loader.expect_sums();
     __syncwarp();
   } else {
     state = {mine.start(), mine.first_stage(), mine.first_chunk()};
     places = mine.places();
-    ptx::named_barrier(kStart, kTile.threads());  // `started` is ready
+    ptx::named_barrier(kStart, kThreads);  // `started` is ready
     mine.go_on(state.stream);
+    mine.let_next_start(state.stream);
   }
-  __syncthreads();  // all barriers in shared memory are ready
+  ptx::named_barrier(kReady, kThreads);  // all barriers in shared memory are ready
   if (args.gemm.splits > 1) ptx::cluster_arrive();
   if (loads) {
     if constexpr (kLowRank) {
@@ -227,6 +240,8 @@ __global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(),
       }
     }
     if (asks) loader.run(asked);
+    __syncwarp();
+    if (idle_warps) ptx::named_barrier_arrive(kEnd, blockDim.x);
     return;
   }
   ptx::grid_dependency_wait();  // the output may still be in use by the kernel before
@@ -239,6 +254,7 @@ __global__ void __launch_bounds__(kTilesDecode[kTileIndex].threads(),
       LowRankExpand<Act, Warp, kTile, kMode>{{{args, smem}}}.add(sums, mine, work, tile / mine.step());
     end.run(sums, work, tile);
   }
+  if (idle_warps) ptx::named_barrier_arrive(kEnd, blockDim.x);
 #endif
 }
 

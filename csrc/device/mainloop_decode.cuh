@@ -121,7 +121,8 @@ struct DecodeLoader : DecodePlaces<kTile, kMode, kLowRank> {
   }
   __device__ __forceinline__ void begin(State& s) const {
     ptx::grid_dependency_wait();
-    ptx::grid_launch_dependents();
+    // what walks has all places for blocks: the next kernel's come as these end
+    if (args.start.tiles > this->step()) ptx::grid_launch_dependents();
     if (s.tile < args.start.tiles) ask(s);
     ptx::mbarrier_arrive(this->started());
     init_barriers(this->first_chunk().barrier + kBarrierBytes, args.smem.chunks - 1);
@@ -217,6 +218,11 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
       s.tile += this->step();
       if (s.tile < args.start.tiles) s.from = weights_of(s.tile);
     }
+  }
+  // When the last bytes are asked for: the memory is then busy until this kernel ends, and the next one's requests come behind. Earlier,
+  // they would fill its ring at this one's cost, and the memory would rest at its end. That may be before this kernel's own wait.
+  __device__ __forceinline__ void let_next_start(const Stream& s) const {
+    if (s.tile >= args.start.tiles && warp_k == 0 && warp_n == 0) ptx::grid_launch_dependents();
   }
   __device__ __forceinline__ RingPlace first_stage() const { return {ring, arrived}; }
   __device__ __forceinline__ void advance_stage(RingPlace& stage) const {
@@ -466,6 +472,7 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
       }
       // All loads from the stage have returned, since the MMAs that were issued above needed them.
       ask(state.stream, state.stage.at, state.stage.barrier);
+      let_next_start(state.stream);
       advance_stage(state.stage);
     }
   }

@@ -16,7 +16,8 @@
 #include "launch/launch.h"
 #include "launch/launch_decode.h"
 #include "launch/launch_sm90.h"
-#include "launch/shared_memory.h"
+#include "launch/prepare_kernel.h"
+#include "launch/spread.h"
 #include "plan/smem.h"
 #include "plan/tiles_all.h"
 #include "plan/workspace.h"
@@ -112,11 +113,12 @@ cudaError_t copy_aligned(const void* from, const void* to, int64_t rows, int64_t
 cudaError_t launch_sm80(const Problem& problem, const Plan& plan, const device::KernelArgs& args, int device,
                         cudaStream_t stream) {
   const KernelChoice choice = find_kernel(problem, plan.tile);
-  static std::array<std::atomic<bool>, kMaxDevices * kKernels> allowed{};
-  const cudaError_t status = allow_shared_memory(reinterpret_cast<const void*>(choice.kernel), device,
-                                                 allowed[device * kKernels + choice.index]);
+  static std::array<std::atomic<int>, kMaxDevices * kKernels> registers{};
+  const cudaError_t status =
+      prepare_kernel(reinterpret_cast<const void*>(choice.kernel), device, registers[device * kKernels + choice.index]);
   if (status != cudaSuccess) return status;
-  return launch_dependent(choice.kernel, args, plan.grid, plan.threads, plan.smem_bytes, 1,
+  const BlockSize block = block_size(plan, device_properties(device));
+  return launch_dependent(choice.kernel, args, plan.grid, block.threads, block.smem_bytes, 1,
                           plan.dependent && device_properties(device).compute_capability >= kDependent, stream);
 }
 

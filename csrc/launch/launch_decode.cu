@@ -9,7 +9,8 @@
 #include "launch/kernel_table_decode.h"
 #include "launch/launch.h"
 #include "launch/launch_token.h"
-#include "launch/shared_memory.h"
+#include "launch/prepare_kernel.h"
+#include "launch/spread.h"
 #include "launch/tensor_map.h"
 #include "plan/low_rank.h"
 #include "plan/smem_decode.h"
@@ -105,10 +106,9 @@ cudaError_t launch_decode(const Problem& problem, const Plan& plan, const device
   const int mode = static_cast<int>(scale_mode(problem.group_size)), index = tile_decode_index(plan.tile);
   const GemmKernelDecode kernel = (*tables[table])[mode][index];
 
-  static std::array<std::atomic<bool>, kMaxDevices * kTables * kScaleModes * kTilesDecode.size()> allowed{};
-  cudaError_t status =
-      allow_shared_memory(reinterpret_cast<const void*>(kernel), device,
-                          allowed[((device * kTables + table) * kScaleModes + mode) * kTilesDecode.size() + index]);
+  static std::array<std::atomic<int>, kMaxDevices * kTables * kScaleModes * kTilesDecode.size()> registers{};
+  auto& of_thread = registers[((device * kTables + table) * kScaleModes + mode) * kTilesDecode.size() + index];
+  cudaError_t status = prepare_kernel(reinterpret_cast<const void*>(kernel), device, of_thread);
   if (status != cudaSuccess) return status;
 
   device::KernelArgsDecode args{};
@@ -129,7 +129,9 @@ cudaError_t launch_decode(const Problem& problem, const Plan& plan, const device
                  .write(&args.up_map);
   }
   if (status != cudaSuccess) return status;
-  return launch_dependent(kernel, args, plan.grid, plan.threads, plan.smem_bytes, plan.splits, plan.dependent, stream);
+  const BlockSize block = block_size(plan, gpu, of_thread.load(std::memory_order_relaxed));
+  return launch_dependent(kernel, args, plan.grid, block.threads, block.smem_bytes, plan.splits, plan.dependent,
+                          stream);
 }
 
 }  // namespace sparse_marlin

@@ -7,7 +7,8 @@
 #include "launch/dependent_launch.cuh"
 #include "launch/kernel_table_sm90.h"
 #include "launch/launch_token.h"
-#include "launch/shared_memory.h"
+#include "launch/prepare_kernel.h"
+#include "launch/spread.h"
 #include "launch/tensor_map.h"
 #include "plan/smem_sm90.h"
 #include "plan/tiles_all.h"
@@ -77,10 +78,9 @@ cudaError_t launch_sm90(const Problem& problem, const Plan& plan, const device::
   const TileSm90 tile = tile_sm90(plan.tile);
   const SmemSm90 smem = smem_sm90(tile.size(), problem.num_bits, scale_mode(problem.group_size));
 
-  static std::array<std::atomic<bool>, kMaxDevices * kTables * kScaleModes * kShapesSm90.size()> allowed{};
-  cudaError_t status =
-      allow_shared_memory(reinterpret_cast<const void*>(kernel), device,
-                          allowed[((device * kTables + table) * kScaleModes + mode) * kShapesSm90.size() + shape]);
+  static std::array<std::atomic<int>, kMaxDevices * kTables * kScaleModes * kShapesSm90.size()> registers{};
+  auto& of_thread = registers[((device * kTables + table) * kScaleModes + mode) * kShapesSm90.size() + shape];
+  cudaError_t status = prepare_kernel(reinterpret_cast<const void*>(kernel), device, of_thread);
   if (status != cudaSuccess) return status;
 
   device::KernelArgsSm90 args{};
@@ -99,7 +99,8 @@ cudaError_t launch_sm90(const Problem& problem, const Plan& plan, const device::
   status = write_maps(args, problem, tile, smem);
   if (status != cudaSuccess) return status;
 
-  return launch_dependent(kernel, args, plan.grid, plan.threads, plan.smem_bytes, tile.share * gemm.splits,
+  const BlockSize block = block_size(plan, device_properties(device));
+  return launch_dependent(kernel, args, plan.grid, block.threads, block.smem_bytes, tile.share * gemm.splits,
                           plan.dependent, stream);
 }
 

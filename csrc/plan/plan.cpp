@@ -227,9 +227,7 @@ Candidate build(const Problem& problem, const Device& device, int tile, int spli
     case Family::kSm90: build_sm90(c, problem, device, splits); break;
     case Family::kDecode: build_decode(c, problem, device, splits, rank); break;
   }
-  Plan& p = c.plan;
-  const bool spread = device.compute_capability == kHopper && rank == 0 && p.grid <= device.num_sms;
-  if (c.rejected.empty() && spread) p.smem_bytes = std::max(p.smem_bytes, smem_alone(device.smem_per_sm));
+  c.plan.spread = device.compute_capability == kHopper && rank == 0 && c.plan.grid <= device.num_sms;
   return c;
 }
 

@@ -30,6 +30,7 @@ struct Plan {
   int lead = 0;                 // blocks of the grid that compute its projection
   int threads = 0;              // a block
   int smem_bytes = 0;           // dynamic, a block
+  bool spread = false;          // no two blocks on an SM (launch/spread.h)
   int64_t workspace_bytes = 0;  // device memory the launch needs beside its tensors (plan/workspace.h)
   double predicted_us = 0;
   bool dependent =

@@ -18,9 +18,8 @@ inline constexpr int kEpilogueBlocks = 2;  // 8-token blocks a warp hands over i
 inline constexpr int kPartialRows = 32;    // blocks of at most so many tokens keep only those that exist
 inline constexpr int kActRowBytes = format::kTileCols * kActBytes;
 
-// Blocks of a dependent launch start where those of the kernel before have ended first, two on one SM and none on another. So where there
-// is at most one block an SM, it asks for a margin more than half of an SM's shared memory, and no second one fits beside it. Blocks
-// of which two fit an SM leave that margin, and as much again, to fit beside such a one.
+// A block that keeps others of its launch off its SM (launch/spread.h) has a margin more than half of the SM's shared memory. Blocks of
+// which two fit an SM leave that margin, and as much again, to fit beside such a one.
 inline constexpr int kSmemPerBlock = 1024;  // what the system takes for a block
 inline constexpr int kSmemMargin = 128;
 constexpr int smem_alone(int smem_per_sm) { return smem_per_sm / 2 - kSmemPerBlock + kSmemMargin; }

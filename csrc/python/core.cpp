@@ -170,6 +170,7 @@ void bind_structs(py::module_& m) {
       .def_readonly("lead", &Plan::lead)
       .def_readonly("threads", &Plan::threads)
       .def_readonly("smem_bytes", &Plan::smem_bytes)
+      .def_readonly("spread", &Plan::spread)
       .def_readonly("workspace_bytes", &Plan::workspace_bytes)
       .def_readonly("predicted_us", &Plan::predicted_us)
       .def("__repr__", &text);

@@ -1,8 +1,9 @@
 // Programmatic dependent launch (PTX ISA, "griddepcontrol", compute capability 9.0 and up; nothing elsewhere): a kernel launched so
 // may start before the kernel before it has finished.
 //
-// Every kernel of ours lets its successor start only after its own wait. So when a kernel runs, at most the kernel right before it
-// is unfinished, and whatever was complete by then, weights above all, may be read before the wait.
+// Before its wait a kernel of ours reads weights (and factors of a correction) and nothing else. Who wrote them does not signal early, so it
+// was complete before the first of ours behind it started, however many of ours run at once. After the wait the kernel right
+// before has finished, and since it has waited itself, so have all before it.
 #pragma once
 #include <cstdint>
 

@@ -34,6 +34,8 @@
 #define __forceinline__ inline
 #undef __launch_bounds__
 #define __launch_bounds__(...)
+#undef __maxnreg__
+#define __maxnreg__(...)
 #undef __grid_constant__
 #define __grid_constant__
 #define __CUDA_ARCH_FEAT_SM90_ALL 1
@@ -257,6 +259,7 @@ inline void run_cluster(int index, int blocks, int count, const std::function<vo
 #define threadIdx emulated::thread
 #define blockIdx emulated::block
 #define gridDim emulated::grid
+#define blockDim (emulated::Index{emulated::block_threads})
 
 // --- intrinsics of CUDA C++ ------------------------------------------------------------------------------------------------
 using std::max;

@@ -1,4 +1,4 @@
-// What a kernel may use of an SM's shared memory.
+// What has to be said of a kernel once on each device, before it is launched.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -8,16 +8,19 @@
 
 namespace sparse_marlin {
 
-// All of it. Set once for a kernel and device, to which `done` belongs.
-inline cudaError_t allow_shared_memory(const void* kernel, int device, std::atomic<bool>& done) {
-  if (done.load(std::memory_order_acquire)) return cudaSuccess;
+// `registers`, of this kernel and device: what a thread of it has; 0: not prepared yet.
+inline cudaError_t prepare_kernel(const void* kernel, int device, std::atomic<int>& registers) {
+  if (registers.load(std::memory_order_acquire) > 0) return cudaSuccess;
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                             device_properties(device).smem_per_block);
   if (status != cudaSuccess) return status;
   // An SM is divided into shared memory and cache as the kernel on it asks; blocks of a kernel that asks otherwise have to wait until it
   // is empty, and none of ours would start beside the end of another.
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  if (status == cudaSuccess) done.store(true, std::memory_order_release);
+  if (status != cudaSuccess) return status;
+  cudaFuncAttributes attributes{};
+  status = cudaFuncGetAttributes(&attributes, kernel);
+  if (status == cudaSuccess) registers.store(attributes.numRegs, std::memory_order_release);
   return status;
 }
 
