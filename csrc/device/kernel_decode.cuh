@@ -174,7 +174,9 @@ __global__ void __maxnreg__(max_registers(kTilesDecode[kTileIndex], kMode, kLowR
   using Warp = DecodeWarp<Act, kBits, kTile, kMode, kLowRank>;
   using End = DecodeEpilogue<Act, Warp, kTile, kMode, kLowRank>;
   constexpr int kThreads = kTile.threads();
-  constexpr int kStart = 2, kReady = 3, kEnd = 4;  // barriers; the epilogue's is 1
+  // Barriers, besides the epilogue's, 1. All of shared memory's are ready for the warps that compute; for the one that loads; all warps
+  // have ended.
+  constexpr int kStart = 2, kReady = 3, kEnd = 4;
   extern __shared__ uint8_t shared[];
   const uint32_t unaligned = ptx::smem_address(shared);
   const uint32_t smem = (unaligned + kSwizzleAlign - 1) & ~uint32_t{kSwizzleAlign - 1};
@@ -214,19 +216,20 @@ __global__ void __maxnreg__(max_registers(kTilesDecode[kTileIndex], kMode, kLowR
       if (asks && LowRankPlaces<kTile, kMode>::corrects()) LowRankPlaces<kTile, kMode>{{args, smem}}.begin();
     }
     if (asks) asked = loader.prepare();
+    if (asks && args.gemm.splits > 1) loader.expect_sums();
     __syncwarp();
     ptx::named_barrier_arrive(kStart, kThreads);
     if (asks) loader.begin(asked);
-    if (asks && args.gemm.splits > 1) loader.expect_sums();
     __syncwarp();
+    ptx::named_barrier(kReady, kThreads);
   } else {
     state = {mine.start(), mine.first_stage(), mine.first_chunk()};
+    ptx::named_barrier_arrive(kReady, kThreads);
     places = mine.places();
-    ptx::named_barrier(kStart, kThreads);  // `started` is ready
+    ptx::named_barrier(kStart, kThreads);
     mine.go_on(state.stream);
     mine.let_next_start(state.stream);
   }
-  ptx::named_barrier(kReady, kThreads);  // all barriers in shared memory are ready
   if (args.gemm.splits > 1) ptx::cluster_arrive();
   if (loads) {
     if constexpr (kLowRank) {

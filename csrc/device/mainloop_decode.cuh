@@ -64,6 +64,10 @@ struct DecodePlaces {
   __device__ __forceinline__ void advance(RingPlace& chunk) const {
     chunk.advance(args.smem.chunk_bytes, smem, smem + args.smem.chunk_full, args.smem.chunks);
   }
+  __device__ __forceinline__ void init_chunk(uint32_t full) const {
+    ptx::mbarrier_init(full, 1);
+    ptx::mbarrier_init(empty(full), kTile.warps());
+  }
   // Of the chunk whose `full` barrier is given.
   __device__ __forceinline__ uint32_t empty(uint32_t full) const { return full + args.smem.chunks * kBarrierBytes; }
 
@@ -108,32 +112,24 @@ struct DecodeLoader : DecodePlaces<kTile, kMode, kLowRank> {
     if (--s.left == 0) begin_tile(s, s.tile + this->step());
   }
 
-  // One thread's. The first chunk, while the other warps ask for their weights: copies are served in the order in which they were
-  // asked for, and behind all weights it would be the last to arrive. Not more than that, since the others wait until this is done.
+  // One thread's: its barriers, and those of the first chunk; the warps that compute make the others' ready.
   __device__ __forceinline__ State prepare() const {
     State s;
     s.chunk = this->first_chunk();
-    init_barriers(s.chunk.barrier, 1);
+    this->init_chunk(s.chunk.barrier);
     ptx::mbarrier_init(this->started(), 1);
     ptx::mbarrier_init_fence();
     begin_tile(s, this->first_tile());
     return s;
   }
+  // One thread's. The first chunk, while the other warps ask for their weights: copies are served in the order in which they were
+  // asked for, and behind all weights it would be the last to arrive.
   __device__ __forceinline__ void begin(State& s) const {
     ptx::grid_dependency_wait();
     // what walks has all places for blocks: the next kernel's come as these end
     if (args.start.tiles > this->step()) ptx::grid_launch_dependents();
     if (s.tile < args.start.tiles) ask(s);
     ptx::mbarrier_arrive(this->started());
-    init_barriers(this->first_chunk().barrier + kBarrierBytes, args.smem.chunks - 1);
-    ptx::mbarrier_init_fence();
-  }
-  __device__ __forceinline__ void init_barriers(uint32_t full, int count) const {
-#pragma unroll 1
-    for (; count > 0; --count, full += kBarrierBytes) {
-      ptx::mbarrier_init(full, 1);
-      ptx::mbarrier_init(this->empty(full), kTile.warps());
-    }
   }
   // What the blocks of the cluster will send.
   __device__ __forceinline__ void expect_sums() const {
@@ -231,13 +227,17 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
   // The ring's barriers, and its first bytes. Weights depend on no kernel before this one. The first stage is asked for before the other
   // barriers are made ready, which takes about as long as its bytes take to be asked for.
   __device__ __forceinline__ Stream start() const {
-    init_barriers(0, 1);
+    if (ptx::elect_one()) {
+      ptx::mbarrier_init(arrived, 1);
+      ptx::mbarrier_init_fence();
+    }
+    __syncwarp();
     const int tile = this->first_tile();
     Stream s{0, this->first_col() + warp_k, args.start.turns, tile};
     if (tile < args.start.tiles) s.from = weights_of(tile);
-    RingPlace stage = first_stage();
+    const RingPlace stage = first_stage();
     ask(s, stage.at, stage.barrier);
-    init_barriers(1, args.start.stages);
+    init_barriers();
     fill<false>(s, 1, min(kPace, args.start.stages));
     return s;
   }
@@ -261,10 +261,14 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
       stage.barrier += kBarrierBytes;
     }
   }
-  __device__ __forceinline__ void init_barriers(int first, int last) const {
+  // But for the first ones: the other stages' of this warp, and its share of the chunks'.
+  __device__ __forceinline__ void init_barriers() const {
     if (ptx::elect_one()) {
 #pragma unroll 1
-      for (int i = first; i < last; ++i) ptx::mbarrier_init(arrived + i * kBarrierBytes, 1);
+      for (int i = 1; i < args.start.stages; ++i) ptx::mbarrier_init(arrived + i * kBarrierBytes, 1);
+#pragma unroll 1
+      for (int i = 1 + warp_k * kTile.warps_n + warp_n; i < args.smem.chunks; i += kTile.warps())
+        this->init_chunk(this->first_chunk().barrier + i * kBarrierBytes);
       ptx::mbarrier_init_fence();
     }
     __syncwarp();
