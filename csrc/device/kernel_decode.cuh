@@ -8,11 +8,12 @@
 namespace sparse_marlin::device {
 
 // Registers of a thread, at most: an SM holds t.blocks blocks, whose warps share out four times 16,384, by the 8 for a thread. No launch
-// bounds, since a launch may bring idle warps (launch/spread.h). With a correction and small groups the widest tile has no
-// registers left for two blocks.
-constexpr int max_registers(const TileDecode& t, ScaleMode mode, bool low_rank) {
+// bounds, since a launch may bring idle warps (launch/spread.h). With small groups the widest tile with a correction and, with 8 bits,
+// the one of most warps have no registers left for two blocks.
+constexpr int max_registers(const TileDecode& t, int num_bits, ScaleMode mode, bool low_rank) {
   constexpr int kSchedulers = 4, kOfScheduler = 16384 / format::kLanes, kUnit = 8;
-  const int blocks = low_rank && mode == ScaleMode::kSteps && t.slices == 4 ? 1 : t.blocks;
+  const bool large = (low_rank && t.slices == 4) || (num_bits == 8 && t.warps() > 8);
+  const int blocks = large && mode == ScaleMode::kSteps ? 1 : t.blocks;
   const int warps = (blocks * t.threads() / format::kLanes + kSchedulers - 1) / kSchedulers;
   return kOfScheduler / warps / kUnit * kUnit;
 }
@@ -20,7 +21,7 @@ constexpr int max_registers(const TileDecode& t, ScaleMode mode, bool low_rank) 
 // The tile goes by its index in kTilesDecode, as in kernel_sm80.cuh.
 // kLowRank: with a low-rank correction; a kernel of its own, so that the others keep their registers.
 template <typename Act, int kBits, int kTileIndex, ScaleMode kMode, bool kLowRank>
-__global__ void __maxnreg__(max_registers(kTilesDecode[kTileIndex], kMode, kLowRank))
+__global__ void __maxnreg__(max_registers(kTilesDecode[kTileIndex], kBits, kMode, kLowRank))
     gemm_decode(const __grid_constant__ KernelArgsDecode args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr TileDecode kTile = kTilesDecode[kTileIndex];
