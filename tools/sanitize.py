@@ -1,7 +1,7 @@
 """Runs every kernel under the tools of compute-sanitizer and records the outcome in benchmarks/results/sanitize.json.
 
     python tools/sanitize.py                          # all four tools at once
-    python tools/sanitize.py racecheck                # one of them; the others' records of the same commit stay
+    python tools/sanitize.py racecheck                # one of them; the others' records stay
 
 What they run is tools/sanitize_launches.py. Warnings of racecheck are told and recorded, but are no failure: there are
 some that docs/KERNEL_SM90.md explains. Fails without a GPU. COMPUTE_SANITIZER names the program where it is not on the
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -113,23 +113,26 @@ def main() -> int:
     if unknown := set(tools) - set(TOOLS):
         parser.error(f"expected tools of {', '.join(TOOLS)}, got {', '.join(unknown)}")
     with ThreadPoolExecutor(len(tools)) as pool:
-        checks = list(pool.map(lambda tool: shown(check(sanitizer, tool)), tools))
-    head = commit()
+        runs = [pool.submit(check, sanitizer, tool) for tool in tools]
+        checks = [recorded(shown(run.result()), sanitizer) for run in as_completed(runs)]
+    return 0 if all(clean(c) for c in checks) else 1
+
+
+def recorded(done: dict[str, Any], sanitizer: str) -> dict[str, Any]:
+    """At once, beside the other tools' last records: not all need to end."""
     before = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
-    kept = before.get("checks", []) if before.get("commit") == head else []
-    checks = [*(c for c in kept if c["tool"] not in tools), *checks]
+    kept = [c for c in before.get("checks", []) if c["tool"] != done["tool"]]
     record = {
-        "commit": head,
         "device": torch.cuda.get_device_name(),
         "compute_sanitizer": version(sanitizer),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "code": sparse_marlin.info().gpus[0].code,
-        "checks": checks,
+        "checks": [*kept, {"commit": commit(), **done}],
     }
     RECORD.parent.mkdir(parents=True, exist_ok=True)
     RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return 0 if all(clean(c) for c in checks) else 1
+    return done
 
 
 if __name__ == "__main__":
