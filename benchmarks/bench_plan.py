@@ -74,6 +74,7 @@ CONFIRM_ROUNDS = 7
 POOL_BYTES = 1 << 30  # at least
 COMPARED_ELEMENTS = 1 << 22
 GOOD = 0.07
+WRITE_SECONDS = 10.0  # between two writings of what was measured so far
 
 
 @dataclass(frozen=True)
@@ -335,7 +336,26 @@ def write(path: Path, result: dict[str, object]) -> None:
     assert isinstance(rows, list)
     head = json.dumps({key: value for key, value in result.items() if key != "problems"}, indent=1)
     lines = ",\n  ".join(json.dumps(row) for row in rows)
-    path.write_text(head.rstrip("}\n") + f',\n "problems": [\n  {lines}\n ]\n}}\n')
+    part = path.with_name(path.name + ".part")
+    part.write_text(head.rstrip("}\n") + f',\n "problems": [\n  {lines}\n ]\n}}\n')
+    part.replace(path)
+
+
+def result_of(args: argparse.Namespace, sweep: Sweep, rows: list[dict[str, object]]) -> dict[str, object]:
+    return {
+        **machine(),
+        "dtype": args.dtype,
+        "num_bits": args.num_bits,
+        "group_size": args.group_size,
+        "left_out": sweep.left_out.reasons,
+        "num_sms": sweep.device.num_sms,
+        "dram_gb_per_s": sweep.device.dram_gb_per_s,
+        "factor": args.factor,
+        "most": args.most,
+        "plan_columns": ["tile", "splits", "predicted_us", "us", "dependent_us", "plain_us"],  # the chosen plan first
+        "tiles": [f"{t.block_m}x{t.block_n} {t.kernel} share {t.share}" for t in _core.TILES],
+        "problems": rows,
+    }
 
 
 def main() -> int:
@@ -365,9 +385,12 @@ def main() -> int:
     with torch.inference_mode():
         sweep = Sweep(args)
         sweep.measure(256, shapes()[0])  # warms up
-        end = time.monotonic() + args.budget
+        end, written = time.monotonic() + args.budget, time.monotonic()
         wanted = problems(args.problems, args.models)
         for tokens, shape in wanted:
+            if args.out and time.monotonic() > written + WRITE_SECONDS:  # who stops the sweep loses no more
+                write(args.out, result_of(args, sweep, rows))
+                written = time.monotonic()
             if time.monotonic() > end:
                 break
             try:
@@ -376,20 +399,7 @@ def main() -> int:
                 failure = f"M={tokens} {shape.k} -> {shape.n}: {error}"
                 break
         left = end - time.monotonic()
-    result: dict[str, object] = {
-        **machine(),
-        "dtype": args.dtype,
-        "num_bits": args.num_bits,
-        "group_size": args.group_size,
-        "left_out": sweep.left_out.reasons,
-        "num_sms": sweep.device.num_sms,
-        "dram_gb_per_s": sweep.device.dram_gb_per_s,
-        "factor": args.factor,
-        "most": args.most,
-        "plan_columns": ["tile", "splits", "predicted_us", "us", "dependent_us", "plain_us"],  # the chosen plan first
-        "tiles": [f"{t.block_m}x{t.block_n} {t.kernel} share {t.share}" for t in _core.TILES],
-        "problems": rows,
-    }
+    result = result_of(args, sweep, rows)
     if args.out:
         write(args.out, result)
     report(result)
