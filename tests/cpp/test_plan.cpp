@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "device/scheduler.cuh"
+#include "launch/spread.h"
 #include "plan/plan.h"
 #include "plan/smem.h"
 #include "plan/smem_decode.h"
@@ -112,6 +113,34 @@ TEST(Smem, StagesKeepTheAlignmentThatSwizzledAddressesNeed) {
       }
     }
   }
+}
+
+// Launches in a row that lie one block on an SM: no second block of the same launch fits beside one, but one of the next launch does.
+TEST(Spread, KeepsBlocksOfALaunchApartAndTheNextLaunchBesideThem) {
+  Device device;
+  device.smem_per_sm = 228 << 10;
+  Plan plan;
+  plan.spread = true;
+  plan.smem_bytes = smem_beside(device.smem_per_sm, 2);
+  for (int warps : {9, 13}) {
+    for (int registers = 64; registers <= 128; registers += 8) {
+      const int fit = 4 * (16384 / (registers * 32));  // warps, of four schedulers
+      const auto beside = [&](const BlockSize& a, const BlockSize& b) {
+        return a.smem_bytes + b.smem_bytes + 2 * kSmemPerBlock <= device.smem_per_sm &&
+               a.threads + b.threads <= fit * 32;
+      };
+      plan.threads = warps * 32;
+      const BlockSize sizes[] = {block_size(plan, device, registers), block_size(plan, device, registers)};
+      for (const BlockSize& size : sizes) EXPECT_FALSE(beside(size, size)) << warps << " warps, " << registers;
+      const BlockSize unspread{plan.threads, plan.smem_bytes};
+      if (beside(unspread, unspread) && 2 * warps + 2 <= fit) {
+        EXPECT_TRUE(beside(sizes[0], sizes[1])) << warps << " warps, " << registers;
+      }
+    }
+  }
+  plan.spread = false;
+  EXPECT_EQ(block_size(plan, device, 72).smem_bytes, plan.smem_bytes);
+  EXPECT_EQ(block_size(plan, device, 72).threads, plan.threads);
 }
 
 TEST(Workspace, HoldsPartialsAndAlignedCopiesSideBySide) {
