@@ -4,6 +4,8 @@
 
 namespace sparse_marlin {
 
+inline constexpr int kDependent = 90;  // compute capability from which dependent launch exists
+
 // cluster: blocks launched together on neighbouring SMs. Where the GPU knows no dependent launch, an ordinary one.
 template <typename Args>
 cudaError_t launch_dependent(void (*kernel)(Args), const Args& args, int64_t grid, int threads, int smem_bytes,

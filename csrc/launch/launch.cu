@@ -26,7 +26,6 @@ namespace sparse_marlin {
 namespace {
 
 constexpr int kMaxDevices = 64;
-constexpr int kDependent = 90;  // compute capability from which dependent launch exists
 
 int device_attribute(cudaDeviceAttr attribute, int index) {
   int value = 0;

@@ -4,6 +4,7 @@
 
 #include <atomic>
 
+#include "launch/dependent_launch.cuh"
 #include "launch/launch.h"
 
 namespace sparse_marlin {
@@ -15,9 +16,12 @@ inline cudaError_t prepare_kernel(const void* kernel, int device, std::atomic<in
                                             device_properties(device).smem_per_block);
   if (status != cudaSuccess) return status;
   // An SM is divided into shared memory and cache as the kernel on it asks; blocks of a kernel that asks otherwise have to wait until it
-  // is empty, and none of ours would start beside the end of another.
-  status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  if (status != cudaSuccess) return status;
+  // is empty, and none of ours would start beside the end of another. Where there is no dependent launch none does in any case.
+  if (device_properties(device).compute_capability >= kDependent) {
+    status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    if (status != cudaSuccess) return status;
+  }
   cudaFuncAttributes attributes{};
   status = cudaFuncGetAttributes(&attributes, kernel);
   if (status == cudaSuccess) registers.store(attributes.numRegs, std::memory_order_release);
