@@ -1,7 +1,7 @@
 """Times a model of Llama-3-8B's shape with random weights: decoding and the first token, dense against 2:4-sparse.
 
     python benchmarks/bench_model.py --out benchmarks/results/model.json
-    python benchmarks/bench_model.py --layers 8 --batches 1 --compile --merged --lm-head
+    python benchmarks/bench_model.py --layers 8 --batches 1 --compile --dependent-launch --merged --lm-head
 
 Both models are transformers' LlamaForCausalLM, in which q, k, v, gate and up are separate linears. --merged takes
 Phi3ForCausalLM instead: the same layers with one linear for q, k and v and one for gate and up, as servers (vLLM, TGI)
@@ -12,7 +12,9 @@ Decoding is one step of model.forward in a CUDA graph: the last of --context tok
 to a cache of fixed size, then the most likely token becomes the next input. The step is repeated at the same place,
 which costs what a step at that context costs. The first token is model.forward of a prompt and the choice of a token,
 once in a CUDA graph and once as Python runs it. --compile runs both models through torch.compile, which fuses small
-kernels between the linears and takes minutes to start (fewer --layers: less). Models take turns; the median counts.
+kernels between the linears and takes minutes to start (fewer --layers: less); with --dependent-launch these kernels
+may start before the one before has finished, as the sparse linears do (what TORCHINDUCTOR_ENABLE_PDL=1 sets). Models
+take turns; the median counts.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 import transformers
 from rich.console import Console
 from rich.table import Table
@@ -142,12 +145,10 @@ class Runner:
 
     def __init__(self, model: PreTrainedModel, compiled: bool) -> None:
         self.model, self.config, self.dtype = model, model.config, model.model.embed_tokens.weight.dtype
-        self.forward = torch.compile(model.forward, dynamic=False) if compiled else model.forward
+        self.next_token = torch.compile(self.forward, dynamic=False) if compiled else self.forward
 
-    def next_token(self, ids: torch.Tensor, positions: torch.Tensor, cache: FixedCache) -> torch.Tensor:
-        out = self.forward(
-            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, cache: FixedCache) -> torch.Tensor:
+        out = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1].argmax(-1, keepdim=True)
 
     def decoding(self, batch: int, context: int) -> Callable[[], object]:
@@ -243,7 +244,7 @@ def print_table(result: dict[str, object], rows: list[dict[str, object]]) -> Non
     table = Table(
         title=f"{result['gpu']}, {result['layers']} layers, {result['dtype']} against {result['num_bits']} bits, "
         f"group {result['group_size']}"
-        + "".join(f", {name}" for name in ("compile", "merged", "lm_head") if result[name])
+        + "".join(f", {name}" for name in ("compile", "dependent_launch", "merged", "lm_head") if result[name])
     )
     for column in ("what", "batch", "tokens", "dense ms", "sparse ms", "x", "dense tokens/s", "sparse tokens/s"):
         table.add_column(column, justify="left" if column == "what" else "right")
@@ -269,12 +270,14 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512, help="tokens that a decoding step sees")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens before the first token")
     parser.add_argument("--compile", action="store_true", help="both models through torch.compile")
+    parser.add_argument("--dependent-launch", action="store_true", help="for torch.compile's kernels, too")
     parser.add_argument("--merged", action="store_true", help="q, k, v in one linear, gate and up in one")
     parser.add_argument("--lm-head", action="store_true", help="the sparse model's lm_head is sparse, too")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     torch.manual_seed(0)
     full_precision_sums()
+    torch._inductor.config.triton.enable_pdl = args.dependent_launch
     torch._dynamo.config.recompile_limit = 64  # batch sizes and models that share their code
     AttentionInterface.register(ATTENTION, attention)
     kind = Phi3Config if args.merged else LlamaConfig
@@ -297,6 +300,7 @@ def main() -> None:
         "layers": args.layers,
         "linears": converted,
         "compile": args.compile,
+        "dependent_launch": args.dependent_launch,
         "merged": args.merged,
         "lm_head": args.lm_head,
         "dense_gb": module_bytes(dense) / 1e9,

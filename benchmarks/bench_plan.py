@@ -3,6 +3,7 @@
     python benchmarks/bench_plan.py --out benchmarks/results/plan.json
     python benchmarks/bench_plan.py --budget 300 --problems 1000 --cublas
     python benchmarks/bench_plan.py --budget 240 --chosen-only --cublas --cusparselt
+    python benchmarks/bench_plan.py --budget 240 --chosen-only --cublas --cusparselt --resume --out part.json
     python benchmarks/bench_plan.py --report benchmarks/results/plan.json  # prints an earlier result; needs no GPU
 
 Problems are the linears of language models from 1B to 405B, whole and as slices of 2, 4 and 8 GPUs, with 1 to 16384
@@ -18,6 +19,9 @@ plan's time over the best one's, minus 1. Outputs of all candidates of a problem
 A short multiplication is timed in a row with dependent launch and as a plain launch, and the geometric mean of both is
 the plan's time: the planner does not know what runs before, and a plan that is good in a chain of our kernels need not
 be good after a kernel that ends before ours may start.
+
+--resume goes on where --out ends, for a sweep that needs more time than one run has: the same GPU and the same
+arguments are expected.
 
 --cublas and --cusparselt time these beside, the latter with the better of its default algorithm and, where its search
 takes less than --search-seconds, the one that this prefers. JSON has every measurement, so that the cost model can be
@@ -66,6 +70,7 @@ SPLITS = (-2, -1, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 BEST_OF_KERNEL, FACTOR_OF_KERNEL = 3, 3.0
 GRAPH_US = 800.0
 MAX_LAUNCHES = 128
+CUSPARSELT_LAUNCHES = 32  # of which each takes the host 10 ms
 ROUNDS = 3
 LONG_US, LONG_ROUNDS = 2000.0, 2
 BOTH_MODES_US = 100.0  # longer ones do not feel how they were launched
@@ -225,7 +230,10 @@ class Sweep:
         modes = (True, False) if plans[0].predicted_us < BOTH_MODES_US else (True,)
         graphs: list[list[Recorded]] = [  # of a contestant
             [self.recorder.capture(partial(run, plan, dependent=mode), launches) for mode in modes] for plan in plans
-        ] + [[self.recorder.capture(call, launches)] for call in others.values()]
+        ] + [
+            [self.recorder.capture(call, min(launches, CUSPARSELT_LAUNCHES) if name == "cusparselt" else launches)]
+            for name, call in others.items()
+        ]
         times = self.times(graphs, ROUNDS if plans[0].predicted_us < LONG_US else LONG_ROUNDS)
         best = min(range(len(plans)), key=lambda i: middle(times[i]))
         if middle(times[0]) > (1 + CONFIRM_ABOVE) * middle(times[best]):
@@ -358,6 +366,22 @@ def result_of(args: argparse.Namespace, sweep: Sweep, rows: list[dict[str, objec
     }
 
 
+def kept(args: argparse.Namespace, wanted: list[tuple[int, Shape]]) -> list[dict[str, object]]:
+    """What an earlier run has measured, if this one goes on with it."""
+    if not args.resume or not args.out.exists():
+        return []
+    before = json.loads(args.out.read_text())
+    here = {**machine(), "dtype": args.dtype, "num_bits": args.num_bits, "group_size": args.group_size}
+    for key in ("gpu", "dtype", "num_bits", "group_size"):
+        if before[key] != here[key]:
+            raise SystemExit(f"--resume: {key}: expected {here[key]}, as in this run, got {before[key]} in {args.out}")
+    rows: list[dict[str, object]] = before["problems"]
+    for row, (tokens, shape) in zip(rows, wanted, strict=False):
+        if (row["m"], row["n"], row["k"]) != (tokens, shape.n, shape.k):
+            raise SystemExit(f"--resume: problems: expected this run's, in its order, got others in {args.out}")
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
@@ -373,21 +397,24 @@ def main() -> int:
     parser.add_argument("--chosen-only", action="store_true", help="no other plans than the planner's choice")
     parser.add_argument("--search-seconds", type=float, default=0.1, help="the longest of cuSPARSELt's searches")
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--resume", action="store_true", help="keep what is in --out and go on after it")
     parser.add_argument("--report", type=Path, help="print the summary of this JSON file and measure nothing")
     args = parser.parse_args()
     if args.report:
         report(json.loads(args.report.read_text()))
         return 0
+    if args.resume and not args.out:
+        parser.error("--resume: expected --out, the file to go on with")
     torch.manual_seed(0)
     full_precision_sums()
-    rows: list[dict[str, object]] = []
+    wanted = problems(args.problems, args.models)
+    rows = kept(args, wanted)
     failure = ""
     with torch.inference_mode():
         sweep = Sweep(args)
         sweep.measure(256, shapes()[0])  # warms up
         end, written = time.monotonic() + args.budget, time.monotonic()
-        wanted = problems(args.problems, args.models)
-        for tokens, shape in wanted:
+        for tokens, shape in wanted[len(rows) :]:
             if args.out and time.monotonic() > written + WRITE_SECONDS:  # who stops the sweep loses no more
                 write(args.out, result_of(args, sweep, rows))
                 written = time.monotonic()
