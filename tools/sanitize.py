@@ -39,7 +39,7 @@ TOOLS = {
     "initcheck": ["--check-api-memory-access", "no"],
 }
 LEFT_OUT = {"racecheck": [FEW_BLOCKS], "initcheck": [WITHOUT_STREAM_K]}
-PARTS = {"racecheck": 4, "synccheck": 2}  # processes that share out what a tool looks at: the slow ones
+PARTS = {"racecheck": 12, "synccheck": 2}  # processes that share out what a tool looks at: the slow ones
 TIME_LIMIT = 420  # seconds, for one tool
 REPORTED = 9  # exit status of a tool that has found something
 SUMMARY = re.compile(r"=+ (?:ERROR SUMMARY|RACECHECK SUMMARY): (.*)")
