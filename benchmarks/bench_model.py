@@ -277,7 +277,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     full_precision_sums()
-    torch._inductor.config.triton.enable_pdl = args.dependent_launch
+    if args.dependent_launch:
+        torch._inductor.config.triton.enable_pdl = True
     torch._dynamo.config.recompile_limit = 64  # batch sizes and models that share their code
     AttentionInterface.register(ATTENTION, attention)
     kind = Phi3Config if args.merged else LlamaConfig
