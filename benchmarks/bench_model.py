@@ -11,7 +11,7 @@ codes (nothing is packed); embedding, lm_head, attention and norms are the same 
 Decoding is one step of model.forward in a CUDA graph: the last of --context tokens, whose keys and values are written
 to a cache of fixed size, then the most likely token becomes the next input. The step is repeated at the same place,
 which costs what a step at that context costs. The first token is model.forward of a prompt and the choice of a token,
-once in a CUDA graph and once as Python runs it. --compile runs both models through torch.compile, which fuses small
+once in a CUDA graph and once as Python runs it. --compile runs all of this through torch.compile, which fuses small
 kernels between the linears and takes minutes to start (fewer --layers: less); with --dependent-launch these kernels
 may start before the one before has finished, as the sparse linears do (what TORCHINDUCTOR_ENABLE_PDL=1 sets). Models
 take turns; the median counts.
@@ -275,6 +275,8 @@ def main() -> None:
     parser.add_argument("--lm-head", action="store_true", help="the sparse model's lm_head is sparse, too")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
+    if args.dependent_launch and not args.compile:
+        parser.error("--dependent-launch: expected --compile, whose kernels it is about")
     torch.manual_seed(0)
     full_precision_sums()
     if args.dependent_launch:

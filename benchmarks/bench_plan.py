@@ -349,12 +349,12 @@ def write(path: Path, result: dict[str, object]) -> None:
     part.replace(path)
 
 
-def result_of(args: argparse.Namespace, sweep: Sweep, rows: list[dict[str, object]]) -> dict[str, object]:
+def result_of(
+    args: argparse.Namespace, sweep: Sweep, here: dict[str, object], rows: list[dict[str, object]]
+) -> dict[str, object]:
+    """To be made once: `rows` and what is left out grow in it."""
     return {
-        **machine(),
-        "dtype": args.dtype,
-        "num_bits": args.num_bits,
-        "group_size": args.group_size,
+        **here,
         "left_out": sweep.left_out.reasons,
         "num_sms": sweep.device.num_sms,
         "dram_gb_per_s": sweep.device.dram_gb_per_s,
@@ -366,20 +366,28 @@ def result_of(args: argparse.Namespace, sweep: Sweep, rows: list[dict[str, objec
     }
 
 
-def kept(args: argparse.Namespace, wanted: list[tuple[int, Shape]]) -> list[dict[str, object]]:
-    """What an earlier run has measured, if this one goes on with it."""
+def kept(
+    args: argparse.Namespace, here: dict[str, object], wanted: list[tuple[int, Shape]]
+) -> tuple[list[dict[str, object]], dict[str, dict[str, list[str]]]]:
+    """What an earlier run has measured and left out, if this one goes on with it."""
     if not args.resume or not args.out.exists():
-        return []
+        return [], {}
     before = json.loads(args.out.read_text())
-    here = {**machine(), "dtype": args.dtype, "num_bits": args.num_bits, "group_size": args.group_size}
     for key in ("gpu", "dtype", "num_bits", "group_size"):
         if before[key] != here[key]:
             raise SystemExit(f"--resume: {key}: expected {here[key]}, as in this run, got {before[key]} in {args.out}")
+    for flag, given in (
+        ("--cublas", args.cublas),
+        ("--cusparselt", args.cusparselt),
+        ("--chosen-only", args.chosen_only),
+    ):
+        if (flag in before["command"].split()) != given:
+            raise SystemExit(f"--resume: {flag}: expected as in the run that made {args.out}, {before['command']!r}")
     rows: list[dict[str, object]] = before["problems"]
     for row, (tokens, shape) in zip(rows, wanted, strict=False):
         if (row["m"], row["n"], row["k"]) != (tokens, shape.n, shape.k):
             raise SystemExit(f"--resume: problems: expected this run's, in its order, got others in {args.out}")
-    return rows
+    return rows, before["left_out"]
 
 
 def main() -> int:
@@ -408,15 +416,20 @@ def main() -> int:
     torch.manual_seed(0)
     full_precision_sums()
     wanted = problems(args.problems, args.models)
-    rows = kept(args, wanted)
+    here = {**machine(), "dtype": args.dtype, "num_bits": args.num_bits, "group_size": args.group_size}
+    rows, left_out = kept(args, here, wanted)
     failure = ""
     with torch.inference_mode():
         sweep = Sweep(args)
         sweep.measure(256, shapes()[0])  # warms up
+        for name, of_name in left_out.items():
+            for reason, places in of_name.items():
+                sweep.left_out.reasons[name][reason] += places
+        result = result_of(args, sweep, here, rows)
         end, written = time.monotonic() + args.budget, time.monotonic()
         for tokens, shape in wanted[len(rows) :]:
             if args.out and time.monotonic() > written + WRITE_SECONDS:  # who stops the sweep loses no more
-                write(args.out, result_of(args, sweep, rows))
+                write(args.out, result)
                 written = time.monotonic()
             if time.monotonic() > end:
                 break
@@ -426,7 +439,6 @@ def main() -> int:
                 failure = f"M={tokens} {shape.k} -> {shape.n}: {error}"
                 break
         left = end - time.monotonic()
-    result = result_of(args, sweep, rows)
     if args.out:
         write(args.out, result)
     report(result)

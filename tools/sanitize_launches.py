@@ -99,7 +99,7 @@ def accepted(size: tuple[int, int, int], kind: Kind, ways: list[Way]) -> list[Wa
     return found
 
 
-def multiply(size: tuple[int, int, int], kind: Kind, ways: list[Way], idle_warps: bool) -> int:
+def multiply(size: tuple[int, int, int], kind: Kind, ways: list[Way], few_blocks: bool) -> int:
     (m, n, k), (dtype, num_bits, group_size) = size, kind
     codes = testing.random_codes(n, k, num_bits)
     scales = testing.random_scales(n, k, group_size, dtype)
@@ -107,7 +107,7 @@ def multiply(size: tuple[int, int, int], kind: Kind, ways: list[Way], idle_warps
     a, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
     on_gpu = [t.cuda() for t in (a, scales, bias)]
     for tile, splits in ways:
-        dependent = idle_warps or splits < 2 or _core.TILES[tile].kernel != "decode"
+        dependent = not (few_blocks and splits > 1 and _core.TILES[tile].kernel == "decode")
         out = torch.ops.sparse_marlin._sparse_marlin_gemm_tile(
             on_gpu[0], packed, on_gpu[1], group_size, num_bits, on_gpu[2], tile, splits, dependent=dependent
         )
@@ -115,9 +115,9 @@ def multiply(size: tuple[int, int, int], kind: Kind, ways: list[Way], idle_warps
     return len(ways)
 
 
-def multiplication_jobs(size: tuple[int, int, int], kind: Kind, ways: list[Way], idle_warps: bool) -> Iterator[Job]:
+def multiplication_jobs(size: tuple[int, int, int], kind: Kind, ways: list[Way], few_blocks: bool) -> Iterator[Job]:
     for some in portions(ways):
-        yield "multiplications", f"{size} {kind} {some}", functools.partial(multiply, size, kind, some, idle_warps)
+        yield "multiplications", f"{size} {kind} {some}", functools.partial(multiply, size, kind, some, few_blocks)
 
 
 def other_cluster(way: Way) -> bool:
@@ -138,7 +138,7 @@ def multiplications(stream_k: bool, few_blocks: bool) -> Iterator[Job]:
             ways = [way for way in ways if (kind, way) not in ran]  # the first problem that a kernel takes is enough
             ways = accepted(size, kind, ways)
             ran |= {(kind, way) for way in ways}
-            yield from multiplication_jobs(size, kind, ways, not few_blocks)
+            yield from multiplication_jobs(size, kind, ways, few_blocks)
     never = set(range(len(_core.TILES))) - {tile for _, (tile, _) in ran}
     assert not never, f"no problem fits tiles {sorted(never)}"
     # More output tiles than blocks at once: a block walks on to a second one, its stages and staging bytes in use.
@@ -150,11 +150,11 @@ def multiplications(stream_k: bool, few_blocks: bool) -> Iterator[Job]:
         size = (tokens, rows * tile.block_n * tile.share + 8, 192)
         walks = [(i, s) for s in (1, -1)[: 1 + stream_k]]
         if not few_blocks or tile.kernel != "decode" or _core.TILES[i - 1].kernel != "decode":  # the first of them
-            yield from multiplication_jobs(size, kind, accepted(size, kind, walks), not few_blocks)
+            yield from multiplication_jobs(size, kind, accepted(size, kind, walks), few_blocks)
     # So many columns that rings are refilled several times.
     size, decode = (11, 72, 8256), [i for i, tile in enumerate(_core.TILES) if tile.kernel == "decode"]
     ways = accepted(size, kind, [(i, s) for i in decode for s in (1, 2)])
-    yield from multiplication_jobs(size, kind, ways, not few_blocks)
+    yield from multiplication_jobs(size, kind, ways, few_blocks)
 
 
 def correct(size: tuple[int, int, int, int], dtype: torch.dtype, ways: list[Way]) -> int:

@@ -95,7 +95,7 @@ double read_again(const Device& device, const Plan& plan, double tiles_m, double
 
 // What a low-rank correction adds to the multiplication: an output tile's rows of a factor are read and multiplied; where there is one block
 // an SM, those that project take its place, so that some SMs have two of the others and some none; they take longer for many tokens; and
-// where k is split, blocks that start late keep their cluster waiting. Fitted to 1087 plans of rank 64: 21 shapes of 1 to 16 tokens.
+// where k is split, it measures more. Fitted to 1087 plans of rank 64: 21 shapes of 1 to 16 tokens.
 double correction_us(const Problem& problem, const Device& device, const Plan& plan) {
   constexpr double kLaunch = 0.37, kTile = 0.36;
   constexpr double kShifted = 8e-5, kManyTokens = 1.27e-4, kSplit = 8.1e-5;  // for a column

@@ -139,9 +139,8 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
         [&] { device::gemm_decode<Act, kBits, kTileIndex, kMode, kLowRank>(args); }, size);
   };
   // blocks that project use a plain pointer to shared memory, and nothing of their cluster
-  const int lead = kLowRank ? args.low.lead : 0;
-  for (int i = 0; i < lead; ++i) ASSERT_NO_THROW(run(i, 1));
-  for (int i = lead / splits; i < clusters; ++i) ASSERT_NO_THROW(run(i, splits));
+  for (int i = 0; i < args.low.lead; ++i) ASSERT_NO_THROW(run(i, 1));
+  for (int i = args.low.lead_clusters; i < clusters; ++i) ASSERT_NO_THROW(run(i, splits));
 
   double error = 0, size = 0;
   for (int i = 0; i < m; ++i) {
