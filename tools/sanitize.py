@@ -3,8 +3,8 @@
     python tools/sanitize.py                          # all four tools at once
     python tools/sanitize.py racecheck                # one of them; the others' records stay
 
-What they run is tools/sanitize_launches.py. A warning is a failure, too. Fails without a GPU. COMPUTE_SANITIZER names the
-program where it is not on the path.
+What they run is tools/sanitize_launches.py. A warning is a failure, too. Fails without a GPU. COMPUTE_SANITIZER names
+the program where it is not on the path.
 """
 
 import argparse
