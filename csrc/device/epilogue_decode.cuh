@@ -49,7 +49,7 @@ struct DecodeEpilogue {
 
   static __device__ __forceinline__ int thread() {
     int index = threadIdx.x;
-    if constexpr (kLowRank) asm volatile("" : "+r"(index));  // as above
+    asm volatile("" : "+r"(index));  // as above
     return index;
   }
 
@@ -62,7 +62,7 @@ struct DecodeEpilogue {
   template <bool kInRing>
   __device__ __forceinline__ void share(const typename Warp::Sums& sums, int pass, int first) const {
     int lane = warp.lane;
-    if constexpr (kLowRank) asm volatile("" : "+r"(lane));  // as above
+    asm volatile("" : "+r"(lane));  // as above
     const int g = lane / format::kLanesPerRow, c = lane % format::kLanesPerRow;
     constexpr int kRow = kInRing ? kWarpPitch : kPitch;
     float* to = sums_at<kInRing>(warp.warp_k, first, warp.warp_n * kWarpFeatures) + g;
@@ -111,14 +111,16 @@ struct DecodeEpilogue {
               bias == nullptr ? nullptr : bias + n, v, count, g.n % kVectorFeatures == 0);
   }
 
-  // Vectors first .. first + count of the tile, to the blocks of the cluster that own them.
+  // Vectors first .. first + count of the tile, to the blocks of the cluster that own them. Loops that a thread goes through once or
+  // twice are not unrolled here: none of this code is in an instruction cache yet.
   template <bool kInRing>
   __device__ __forceinline__ void send(int first, int count) const {
     const int splits = args.gemm.splits, rank = ptx::cluster_block();
-    const int slots = owned_vectors(kTile, args.smem.rows, splits);
+    const int slots = args.smem.owned;
     const uint32_t place = warp.smem + args.smem.received + rank * slots * kVectorBytes;
+#pragma unroll 1
     for (int i = thread(); i < count; i += kThreads) {
-      const int owner = (first + i) % splits, slot = (first + i) / splits;
+      const int slot = divide(first + i, args.splits_inverse), owner = first + i - slot * splits;
       const float4 v = total<kInRing>(i);
       if (owner == rank) {
         received()[rank * slots + slot] = v;
@@ -130,11 +132,13 @@ struct DecodeEpilogue {
   }
   __device__ __forceinline__ void store_owned(const BlockWork& work) const {
     const int splits = args.gemm.splits, rank = ptx::cluster_block();
-    const int slots = owned_vectors(kTile, args.smem.rows, splits);
+    const int slots = args.smem.owned, owned = warp.owned_vectors(rank);
     const float4* from_rank = received();
     ptx::mbarrier_wait_cluster(warp.received_full(), 0);
-    for (int i = thread(); i < owned_vectors(kTile, args.smem.rows, splits, rank); i += kThreads) {
+#pragma unroll 1
+    for (int i = thread(); i < owned; i += kThreads) {
       float4 v = from_rank[i];
+#pragma unroll 1
       for (int from = 1; from < splits; ++from) v = add(v, from_rank[from * slots + i]);
       store(work, i * splits + rank, v);
     }
@@ -146,6 +150,7 @@ struct DecodeEpilogue {
     if (args.gemm.splits > 1) {
       send<kInRing>(first, count);
     } else {
+#pragma unroll 1
       for (int i = thread(); i < count; i += kThreads) store(work, first + i, total<kInRing>(i));
     }
   }

@@ -1,6 +1,6 @@
 // Sums of a consumer warpgroup -> output. A thread holds rows g and g + 8 of its warp's 16 features and token pairs; the output is
-// tokens x features, so 8 x 8 blocks are stored transposed to shared memory, from where tensor copies write 64 features of some
-// tokens.
+// tokens x features, so 8 x 8 blocks are stored transposed to shared memory, from where each thread takes 16 bytes of a chunk, 16
+// tokens x 64 features. Tensor copies would spare the threads that, but take 0.4 us longer until they have read.
 #pragma once
 #include "device/epilogue.cuh"
 #include "device/exchange_sm90.cuh"
@@ -27,6 +27,8 @@ struct EpilogueSm90 {
   static constexpr int kPasses = passes(kTile.block_m);
   static constexpr int kSlots = Consumer::kSmem.slots;
   static constexpr int kPassChunks = kPassTokens / kChunkTokens;
+  static constexpr int kPieceValues = kCopyBytes / kActBytes, kRowPieces = format::kTileRows / kPieceValues;
+  static_assert(kWarpgroupThreads == kChunkTokens * kRowPieces);
   static constexpr int kBlockSums =
       4;  // of a thread in 16 features x 8 tokens: (g, 2c), (g, 2c + 1), (g + 8, 2c), (g + 8, 2c + 1)
   using Sums = typename Consumer::Sums;
@@ -36,6 +38,12 @@ struct EpilogueSm90 {
   const int warpgroup;
 
   __device__ __forceinline__ void sync() const { ptx::named_barrier(1 + warpgroup, kWarpgroupThreads); }
+
+  // What the main loop and the end of a tile read of the arguments. A line of them that no cache has yet takes hundreds of clocks,
+  // twice at the end of a block; now there is nothing else to do. A read that decides nothing would be left out by the compiler.
+  __device__ __forceinline__ void fetch_arguments() const {
+    if (args.gemm.m == 0 || args.gemm.params.out == nullptr || args.zero != 0) __trap();
+  }
 
   struct RowTerms {  // out = sum * scale + bias, of rows g and g + 8
     float scale[2];
@@ -68,42 +76,56 @@ struct EpilogueSm90 {
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
         constexpr int kLastTokens = kTile.block_m - (kPasses - 1) * kPassTokens;
-        const int tokens = pass < kPasses - 1 ? kPassTokens : kLastTokens;
-        const int i = b * kPasses + pass, first_row = i % kSlots * kPassTokens;
-        if (i == 0) {
-          free_staging<0>();
-        } else if (i >= kSlots) {
-          free_staging<kSlots - 1>();
-        }
+        const int chunks = (pass < kPasses - 1 ? kPassTokens : kLastTokens) / kChunkTokens;
+        const int i = b * kPasses + pass, first = i % kSlots * kPassChunks;
+        // What was staged here has been read: with several slots, because all have come to the pass after that one.
+        if (i == 0 || kSlots == 1) sync();
 #pragma unroll
-        for (int c = 0; c < tokens / kChunkTokens; ++c)
-          stage_chunk(sums[b] + (pass * kPassChunks + c) * kChunkSums, terms, i % kSlots * kPassChunks + c);
-        write(feature, token0 + pass * kPassTokens, first_row, tokens);
+        for (int c = 0; c < chunks; ++c) stage_chunk(sums[b] + (pass * kPassChunks + c) * kChunkSums, terms, first + c);
+        sync();
+#pragma unroll 1
+        for (int c = 0; c < chunks; ++c)
+          write_chunk(first + c, token0 + pass * kPassTokens + c * kChunkTokens, feature);
       }
     }
   }
 
-  // Of a tile whose sums were exchanged, the chunks that this block owns.
+  // Of a tile whose sums are exchanged, the chunks that this block owns; it has no other tile.
   template <typename Exchange>
-  __device__ __forceinline__ void store_owned(const Exchange& exchange, const BlockWork& work, int feature0) const {
-    int i = 0;
-    for (int c = exchange.consumer.split(); c < Exchange::kChunks; c += exchange.splits, ++i) {
-      const int feature = feature0 + c / Exchange::kPanelChunks * format::kTileRows;
-      const int slot = i % (kSlots * kPassChunks);  // of a chunk, in the staging bytes
-      float total[kChunkSums];
-      exchange.add(total, i);
-      if (slot == 0) free_staging<0>();
-      stage_chunk(total, row_terms(feature), slot);
-      write(feature, work.tile_m * kTile.block_m + c % Exchange::kPanelChunks * kChunkTokens, slot * kChunkTokens,
-            kChunkTokens);
+  __device__ __forceinline__ void store_owned(const Exchange& exchange, const Sums& sums, const BlockWork& work,
+                                              int feature0) const {
+    constexpr int kRoom = kSlots * kPassChunks, kMostOwned = (Exchange::kChunks + 1) / 2;
+    RowTerms terms[Consumer::kPanels];
+#pragma unroll
+    for (int b = 0; b < Consumer::kPanels; ++b) terms[b] = row_terms(feature0 + b * format::kTileRows);
+    exchange.wait();
+    const int rank = exchange.consumer.split();
+    const auto write = [&](int first, int count) {  // so many of the block's chunks, from the first-th on
+      sync();
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) {
+        const int c = rank + (first + i) * exchange.splits;
+        const int panel = c / Exchange::kPanelChunks, chunk = c % Exchange::kPanelChunks;
+        write_chunk(i, work.tile_m * kTile.block_m + chunk * kChunkTokens, feature0 + panel * format::kTileRows);
+      }
+    };
+    int owner = 0, owned = 0, written = 0;
+#pragma unroll
+    for (int c = 0; c < Exchange::kChunks; ++c) {
+      if (owner == rank) {
+        if (kRoom < kMostOwned && owned - written == kRoom) {
+          write(written, kRoom);
+          written = owned;
+          sync();  // read, before it is overwritten
+        }
+        float total[kChunkSums];
+        exchange.add(total, sums, c, owned);
+        stage_chunk(total, terms[c / Exchange::kPanelChunks], owned - written);
+        ++owned;
+      }
+      if (++owner == exchange.splits) owner = 0;
     }
-  }
-
-  // What was staged before has left, but for the last kPending passes.
-  template <int kPending>
-  __device__ __forceinline__ void free_staging() const {
-    if (threadIdx.x % kWarpgroupThreads == 0) ptx::bulk_wait_read<kPending>();
-    sync();
+    write(written, owned - written);
   }
 
   // 16 tokens, to the chunk-th 16 rows of the staging bytes.
@@ -124,30 +146,22 @@ struct EpilogueSm90 {
     return token * kSwizzleRowBytes + ((piece ^ token % 8) << 4);
   }
 
-  // Staged rows row0 .. row0 + rows - 1 to the tokens from token0 on.
-  __device__ __forceinline__ void write(int feature, int token0, int row0, int rows) const {
+  // The chunk-th 16 staged rows, to the 16 tokens from token0 on.
+  __device__ __forceinline__ void write_chunk(int chunk, int token0, int feature) const {
     const KernelArgs& g = args.gemm;
-    const int thread = threadIdx.x % kWarpgroupThreads;
-    ptx::fence_async_shared();
-    sync();
-    if (args.out_mapped) {
-      if (thread == 0) {
-        for (int row = 0; row < rows; row += args.store_tokens)
-          ptx::tensor_store(&args.out_map, staging + (row0 + row) * kSwizzleRowBytes, feature, token0 + row);
-        ptx::bulk_commit();
-      }
-      return;
+    const int thread = threadIdx.x % kWarpgroupThreads, row = thread / kRowPieces, piece = thread % kRowPieces;
+    const int token = token0 + row, f = feature + piece * kPieceValues;
+    if (token >= g.m || f >= g.n) return;
+    const uint4 v = ptx::load_shared_v4(staging + place(chunk * kChunkTokens + row, piece));
+    uint16_t* const out = static_cast<uint16_t*>(g.params.out) + static_cast<int64_t>(token) * g.n + f;
+    if (g.n % kPieceValues == 0) {
+      *reinterpret_cast<uint4*>(out) = v;
+    } else {
+      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int i = 0; i < kPieceValues; ++i)
+        if (f + i < g.n) out[i] = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
     }
-    constexpr int kPieceValues = kCopyBytes / kActBytes;
-    uint16_t* out = static_cast<uint16_t*>(g.params.out);
-    for (int i = thread; i < rows * format::kTileRows; i += kWarpgroupThreads) {
-      const int row = i / format::kTileRows, f = i % format::kTileRows;
-      if (token0 + row >= g.m || feature + f >= g.n) continue;
-      const uint32_t bits =
-          ptx::load_shared_16(staging + place(row0 + row, f / kPieceValues) + f % kPieceValues * kActBytes);
-      out[static_cast<int64_t>(token0 + row) * g.n + feature + f] = static_cast<uint16_t>(bits);
-    }
-    sync();  // read before it is overwritten
   }
 };
 

@@ -50,8 +50,9 @@ struct KernelArgsDecode {
   CUtensorMap scales_map;  // [groups, n], box: groups of a chunk x block_n features; unset where channelwise
   CUtensorMap up_map;      // [n, rank], box: block_n features x 64 ranks; unset without a correction
   SmemDecode smem;
-  uint32_t zero;    // 0, which the compiler must not know (run in mainloop_decode.cuh)
-  LowRankArgs low;  // for the kernels with a correction
+  uint32_t splits_inverse;  // device/scheduler.cuh
+  uint32_t zero;            // 0, which the compiler must not know (run in mainloop_decode.cuh)
+  LowRankArgs low;          // for the kernels with a correction
 };
 
 }  // namespace sparse_marlin::device

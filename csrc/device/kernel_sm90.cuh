@@ -21,10 +21,10 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
   using End = EpilogueSm90<Act, Consumer, kTile>;
   extern __shared__ uint8_t shared[];
   const uint32_t smem = (ptx::smem_address(shared) + kSwizzleAlign - 1) & ~uint32_t{kSwizzleAlign - 1};
-  const int splits = args.gemm.splits;
+  const int splits = args.start.order.splits;
   const Pipeline pipeline{args, smem};
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
-  const bool shares = args.share > 1;  // then the others' barriers must be ready before anything is copied
+  const bool shares = args.start.share > 1;  // then the others' barriers must be ready before anything is copied
 
   const int warp_of_block = __shfl_sync(~0u, threadIdx.x / format::kLanes, 0);
   if (ptx::elect_one()) {
@@ -40,22 +40,20 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
   if (warpgroup == kTile.consumers) {
     ptx::registers_release<kTile.producer_registers()>();
     const int warp = __shfl_sync(~0u, threadIdx.x / format::kLanes % format::kTileSlices, 0);
-    if (warp == Producer::kIdleWarp) {
+    if (warp == Producer::kIdle) {
       RangesSm90<Consumer, kTile>::raise_flags(pipeline);
     } else if (ptx::elect_one()) {
       Producer{pipeline}.run(warp);
     }
     __syncwarp();
     if constexpr (kTile.may_split()) {
-      if (splits > 1) {  // the consumers' exchange
-        ptx::cluster_meet();
-        if constexpr (!kTile.counts_sums()) ptx::cluster_sync();
-      }
+      if (splits > 1) ptx::cluster_meet();  // the consumers' exchange
     }
   } else {
     ptx::registers_acquire<kTile.consumer_registers()>();
     const Consumer consumer{pipeline, Consumer::lane_place(pipeline, warpgroup), warpgroup};
     const End end{args, smem + Pipeline::kSmem.staging + warpgroup * Pipeline::kSmem.staging_bytes, warpgroup};
+    end.fetch_arguments();
     ptx::grid_dependency_wait();  // the output may still be in use by the kernel before
     typename Consumer::Sums sums;
     typename Consumer::Weights weights = {};
@@ -69,8 +67,7 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
           const Exchange exchange = Exchange::of(consumer, splits);
           ptx::cluster_meet();  // nobody reads its stages any more
           exchange.send(sums);
-          exchange.wait();
-          end.store_owned(exchange, work, feature0);
+          end.store_owned(exchange, sums, work, feature0);
           continue;
         }
       }
@@ -82,7 +79,6 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
       if (pipeline.begins(tile)) ranges.take(sums, tile, place);
       end.store(sums, work, feature0);
     }
-    if (threadIdx.x % kWarpgroupThreads == 0) ptx::bulk_wait_read();  // the staging bytes must live until they are read
   }
   if (shares) ptx::cluster_meet();  // shared memory must outlive the other block's arrivals and copies
 #endif

@@ -66,6 +66,11 @@ struct DecodePlaces {
   // The kernel before has ended, and the first chunk is asked for.
   __device__ __forceinline__ uint32_t started() const { return smem + args.smem.started; }
   __device__ __forceinline__ uint32_t received_full() const { return smem + args.smem.received_full; }
+  // Of the tile's vectors, those that block `rank` of the splits owns.
+  __device__ __forceinline__ int owned_vectors(int rank) const {
+    const int vectors = args.smem.rows * (kTile.block_n() / kVectorFeatures);
+    return divide(vectors - rank + args.start.splits - 1, args.splits_inverse);
+  }
 };
 
 // The warp that brings what the others share, a chunk at a time; one thread of it asks.
@@ -125,7 +130,7 @@ struct DecodeLoader : DecodePlaces<kTile, kMode, kLowRank> {
   }
   // What the blocks of the cluster will send.
   __device__ __forceinline__ void expect_sums() const {
-    const int vectors = owned_vectors(kTile, args.smem.rows, args.gemm.splits, ptx::cluster_block());
+    const int vectors = this->owned_vectors(ptx::cluster_block());
     ptx::mbarrier_init(this->received_full(), 1);
     ptx::mbarrier_arrive_expect(this->received_full(), (args.gemm.splits - 1) * vectors * kVectorBytes);
     ptx::mbarrier_init_fence();

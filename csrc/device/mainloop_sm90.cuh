@@ -49,11 +49,11 @@ struct PipelineSm90 {
   const uint32_t smem;  // 1024-byte aligned
 
   // Read again wherever they are needed: registers are short. share is 1 or 2.
-  __device__ __forceinline__ int share_rank() const { return ptx::cluster_block() & (args.share - 1); }
-  __device__ __forceinline__ int split() const { return ptx::cluster_block() >> (args.share - 1); }
+  __device__ __forceinline__ int share_rank() const { return ptx::cluster_block() & (args.start.share - 1); }
+  __device__ __forceinline__ int split() const { return ptx::cluster_block() >> (args.start.share - 1); }
   // The block at `share_rank` among those that share activations with this one, by its number in the cluster.
   __device__ __forceinline__ int sharer(int share_rank) const {
-    return (ptx::cluster_block() & -args.share) + share_rank;
+    return (ptx::cluster_block() & -args.start.share) + share_rank;
   }
 
   __device__ __forceinline__ uint32_t acts_at(int stage) const { return smem + stage * kSmem.acts_bytes; }
@@ -64,51 +64,50 @@ struct PipelineSm90 {
   __device__ __forceinline__ uint32_t full(int stage) const { return smem + kSmem.full + stage * kBarrierBytes; }
   __device__ __forceinline__ uint32_t empty(int stage) const { return smem + kSmem.empty + stage * kBarrierBytes; }
 
-  __device__ __forceinline__ int tiles() const { return args.gemm.tiles_m * args.gemm.tiles_n; }
-  __device__ __forceinline__ int cols() const { return format::col_tiles(args.gemm.k); }
+  __device__ __forceinline__ int tiles() const { return args.start.tiles; }
+  __device__ __forceinline__ int cols() const { return args.start.order.cols; }
 
   // A block's share of the output: first whole tiles, then its range (plan/stream_k.h). What belongs to a tile is worked out again
   // from its number wherever it is needed: registers are short.
   __device__ __forceinline__ int first_tile() const {
     const int tile = ptx::cluster_id();
-    return tile < args.stream.whole_tiles ? tile : first_of_range();
+    return tile < args.start.stream.whole_tiles ? tile : first_of_range();
   }
   __device__ __forceinline__ int next_tile(int tile) const {
     if (!in_range(tile)) {
       tile += ptx::num_clusters();
-      return tile < args.stream.whole_tiles ? tile : first_of_range();
+      return tile < args.start.stream.whole_tiles ? tile : first_of_range();
     }
-    return range_col(tile + 1) < args.stream.start(range() + 1) ? tile + 1 : tiles();
+    return range_col(tile + 1) < args.start.stream.start(range() + 1) ? tile + 1 : tiles();
   }
   // Blocks wait for those with the ranges after theirs: these must have been started before.
   __device__ __forceinline__ int range() const { return gridDim.x - 1 - blockIdx.x; }
-  __device__ __forceinline__ bool in_range(int tile) const { return tile >= args.stream.whole_tiles; }
+  __device__ __forceinline__ bool in_range(int tile) const { return tile >= args.start.stream.whole_tiles; }
   // The tile's first column tile, counted as ranges are.
-  __device__ __forceinline__ int range_col(int tile) const { return (tile - args.stream.whole_tiles) * cols(); }
+  __device__ __forceinline__ int range_col(int tile) const { return (tile - args.start.stream.whole_tiles) * cols(); }
   __device__ __forceinline__ int first_of_range() const {
-    if (args.stream.step == 0) return tiles();
-    return args.stream.whole_tiles + args.stream.start(range()) / cols();
+    if (args.start.stream.step == 0) return tiles();
+    return args.start.stream.whole_tiles + args.cols.divide(args.start.stream.start(range()));
   }
   __device__ __forceinline__ BlockWork work(int tile) const {
-    const KernelArgs& g = args.gemm;
-    BlockWork w = block_work(tile * g.splits + split(), g.tiles_m, g.tiles_n, g.splits, cols());
+    BlockWork w = args.start.order.work(tile, split());
     if (in_range(tile)) {
-      w.first_col = max(0, args.stream.start(range()) - range_col(tile));
-      w.last_col = min(w.last_col, args.stream.start(range() + 1) - range_col(tile));
+      w.first_col = max(0, args.start.stream.start(range()) - range_col(tile));
+      w.last_col = min(w.last_col, args.start.stream.start(range() + 1) - range_col(tile));
     }
     return w;
   }
   // Whether the tile's first column tiles are in another block's range, and whether the last ones are but not those.
   __device__ __forceinline__ bool continues(int tile) const {
-    return in_range(tile) && args.stream.start(range()) > range_col(tile);
+    return in_range(tile) && args.start.stream.start(range()) > range_col(tile);
   }
   __device__ __forceinline__ bool begins(int tile) const {
-    return in_range(tile) && !continues(tile) && args.stream.start(range() + 1) < range_col(tile + 1);
+    return in_range(tile) && !continues(tile) && args.start.stream.start(range() + 1) < range_col(tile + 1);
   }
   // The ranges after the block's own that have column tiles of `tile`, too.
   template <typename Do>
   __device__ __forceinline__ void for_each_later_range(int tile, const Do& act) const {
-    for (int range = this->range() + 1; args.stream.start(range) < range_col(tile + 1); ++range) act(range);
+    for (int range = this->range() + 1; args.start.stream.start(range) < range_col(tile + 1); ++range) act(range);
   }
   // In the workspace: the sums of a panel of a range, as many bytes as the activations of a stage, and whether they are there.
   __device__ __forceinline__ float* range_sums(int range, int panel) const {
@@ -119,7 +118,7 @@ struct PipelineSm90 {
     return args.flags + range * kTile.consumers + warpgroup;
   }
   __device__ __forceinline__ int feature0(const BlockWork& w) const {
-    return (w.tile_n * args.share + share_rank()) * kTile.block_n();
+    return (w.tile_n * args.start.share + share_rank()) * kTile.block_n();
   }
 
   __device__ __forceinline__ uint32_t received() const { return smem + kSmem.received; }
@@ -129,11 +128,11 @@ struct PipelineSm90 {
     static_assert(kSmem.stages <= kTile.threads() / format::kLanes);
     if (warp < kSmem.stages) {
       ptx::mbarrier_init(full(warp), kMode == ScaleMode::kNone ? 2 : 3);  // the producer's threads
-      ptx::mbarrier_init(empty(warp), args.share * kTile.consumers * (kWarpgroupThreads / format::kLanes));
+      ptx::mbarrier_init(empty(warp), args.start.share * kTile.consumers * (kWarpgroupThreads / format::kLanes));
     }
-    if (kTile.counts_sums() && warp == 0 && args.gemm.splits > 1) {
+    if (kTile.may_split() && warp == 0 && args.start.order.splits > 1) {
       ptx::mbarrier_init(received(), 1);
-      ptx::mbarrier_arrive_expect(received(), exchange_bytes(kTile, args.gemm.splits, split()));
+      ptx::mbarrier_arrive_expect(received(), received_bytes(kTile, args.start.order.splits, split()));
     }
     ptx::mbarrier_init_fence();
   }
@@ -148,114 +147,109 @@ struct ProducerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
   using Base::kSmem;
   using typename Base::Place;
 
-  // Calls load(work, col, stage) for every stage of every tile of the block, when the stage is free; load_sums(range, panel, stage)
-  // for those behind a tile that bring the sums of other blocks.
-  template <typename Load, typename LoadSums>
-  __device__ __forceinline__ void for_each_stage(const Load& load, const LoadSums& load_sums) const {
+  // A copy cannot start without its map, so they are asked for first of all. One thread's.
+  __device__ __forceinline__ void prefetch_maps() const {
+    ptx::prefetch_map(&args.weights_map);
+    ptx::prefetch_map(args.start.order.tiles_m > 1 ? &args.acts_map : &args.last_map);
+    if (kMode != ScaleMode::kNone) ptx::prefetch_map(&args.scales_map);
+  }
+
+  // Three threads, each of which asks for one thing. They find their way through the tiles by the same code, since it is fetched from
+  // memory at the start of a launch; the loop over the columns of a tile is each one's own, since a copy takes it some 200 clocks.
+  enum Role { kWeights, kActs, kScales, kIdle };
+
+  __device__ __forceinline__ void run(int role) const {
+    if (kMode == ScaleMode::kNone && role == kScales) return;
+    // Weights depend on no kernel before this one. Scales may be an aligned copy that it made.
+    if (role != kWeights) ptx::grid_dependency_wait();
+    if (role == kActs) ptx::grid_launch_dependents();
     Place place{0, 1};  // a fresh barrier counts as passed: the first round does not wait
+#pragma unroll 1
     for (int tile = this->first_tile(); tile < this->tiles(); tile = this->next_tile(tile)) {
       const BlockWork work = this->work(tile);
-      for (int col = work.first_col; col < work.last_col; ++col) {
-        ptx::mbarrier_wait(this->empty(place.stage), place.parity);
-        load(work, col, place.stage);
-        place = place.next();
+      if (role == kWeights) {
+        ask_weights(work, place);
+      } else if (role == kActs) {
+        ask_acts(work, place);
+      } else {
+        ask_scales(work, place);
       }
       if (!this->begins(tile)) continue;
       this->for_each_later_range(tile, [&](int range) {
+#pragma unroll 1
         for (int panel = 0; panel < kTile.row_tiles(); ++panel) {
           ptx::mbarrier_wait(this->empty(place.stage), place.parity);
-          load_sums(range, panel, place.stage);
+          if (role == kActs) {
+            ask_sums(range, panel, place.stage);
+          } else {
+            ptx::mbarrier_arrive(this->full(place.stage));
+          }
           place = place.next();
         }
       });
     }
   }
-  // Nothing for this thread to bring.
-  __device__ __forceinline__ auto only_arrive() const {
-    return [this](int, int, int stage) { ptx::mbarrier_arrive(this->full(stage)); };
-  }
 
-  // A copy cannot start without its map, so they are asked for first of all. One thread's.
-  __device__ __forceinline__ void prefetch_maps() const {
-    ptx::prefetch_map(&args.weights_map);
-    ptx::prefetch_map(args.gemm.tiles_m > 1 ? &args.acts_map : &args.last_map);
-    if (kMode != ScaleMode::kNone) ptx::prefetch_map(&args.scales_map);
-    if (args.out_mapped) ptx::prefetch_map(&args.out_map);
+  // Calls ask(col, stage, barrier) for each column of the tile, when the stage is free.
+  template <typename Ask>
+  __device__ __forceinline__ void for_each_col(const BlockWork& work, Place& place, const Ask& ask) const {
+#pragma unroll 1
+    for (int col = work.first_col; col < work.last_col; ++col) {
+      ptx::mbarrier_wait(this->empty(place.stage), place.parity);
+      ask(col, place.stage, this->full(place.stage));
+      place = place.next();
+    }
   }
-
-  // Weights depend on no kernel before this one, so nothing is waited for.
-  __device__ __forceinline__ void load_weights() const {
-    // weights that one row of blocks reads must not push activations out of L2
-    const uint64_t policy = args.gemm.tiles_m == 1 ? ptx::policy_evict_first() : ptx::policy_evict_normal();
-    for_each_stage(
-        [&](const BlockWork& work, int col, int stage) {
-          const uint32_t barrier = this->full(stage);
-          ptx::mbarrier_arrive_expect(barrier, kTile.row_tiles() * kSmem.tile_bytes);
-          ptx::tensor_load_3d(this->weights_at(stage), &args.weights_map, 0, col * (kSmem.tile_bytes / kMapRowBytes),
-                              this->feature0(work) / format::kTileRows, barrier, policy);
-        },
-        only_arrive());
+  __device__ __forceinline__ void ask_weights(const BlockWork& work, Place& place) const {
+    const int row_tile = this->feature0(work) / format::kTileRows;
+    const uint64_t policy = args.weights_policy;
+    for_each_col(work, place, [&](int col, int stage, uint32_t barrier) {
+      ptx::mbarrier_arrive_expect(barrier, kTile.row_tiles() * kSmem.tile_bytes);
+      ptx::tensor_load_3d(this->weights_at(stage), &args.weights_map, 0, col * (kSmem.tile_bytes / kMapRowBytes),
+                          row_tile, barrier, policy);
+    });
   }
-
-  // Scales may be an aligned copy that the kernel before this one made.
-  __device__ __forceinline__ void load_scales() const {
-    if (kMode == ScaleMode::kNone) return;
-    ptx::grid_dependency_wait();
-    for_each_stage(
-        [&](const BlockWork& work, int col, int stage) {
-          const uint32_t barrier = this->full(stage);
-          ptx::mbarrier_arrive_expect(barrier, args.scales_bytes);
-          ptx::tensor_load(this->weights_at(stage) + Base::kScalesOffset, &args.scales_map, this->feature0(work),
-                           col * format::kTileCols >> args.gemm.group_shift, barrier);
-        },
-        only_arrive());
+  __device__ __forceinline__ void ask_scales(const BlockWork& work, Place& place) const {
+    const int feature = this->feature0(work);
+    for_each_col(work, place, [&](int col, int stage, uint32_t barrier) {
+      ptx::mbarrier_arrive_expect(barrier, args.scales_bytes);
+      ptx::tensor_load(this->weights_at(stage) + Base::kScalesOffset, &args.scales_map, feature,
+                       col * format::kTileCols >> args.gemm.group_shift, barrier);
+    });
   }
-
   // Blocks that share their activations bring each other one half of the columns each.
-  __device__ __forceinline__ void load_acts() const {
+  __device__ __forceinline__ void ask_acts(const BlockWork& work, Place& place) const {
     static_assert(kMaxShare == kHalves);
     constexpr int kHalfBytes = kTile.block_m * kSwizzleRowBytes;
-    ptx::grid_dependency_wait();
-    ptx::grid_launch_dependents();
     constexpr uint16_t kBlocks = (1 << kMaxShare) - 1;
-    for_each_stage(
-        [&](const BlockWork& work, int col, int stage) {
-          const uint32_t to = this->acts_at(stage), barrier = this->full(stage);
-          const int token = work.tile_m * kTile.block_m, column = col * format::kTileCols;
-          const bool last = work.tile_m == args.gemm.tiles_m - 1;
-          const CUtensorMap* const map = last ? &args.last_map : &args.acts_map;
-          ptx::mbarrier_arrive_expect(barrier, last ? kHalves * kSwizzleRowBytes * args.last_tokens : kSmem.acts_bytes);
-          if (args.share > 1) {
-            const int half = this->share_rank();
-            ptx::tensor_load_multicast(to + half * kHalfBytes, map, column + half * kHalfCols, token, barrier, kBlocks);
-          } else {
+    const int token = work.tile_m * kTile.block_m, own_half = this->share_rank();
+    const bool last = work.tile_m == args.start.order.tiles_m - 1;
+    const CUtensorMap* const map = last ? &args.last_map : &args.acts_map;
+    const uint32_t bytes = last ? kHalves * kSwizzleRowBytes * args.last_tokens : kSmem.acts_bytes;
+    for_each_col(work, place, [&](int col, int stage, uint32_t barrier) {
+      const uint32_t to = this->acts_at(stage);
+      const int column = col * format::kTileCols;
+      ptx::mbarrier_arrive_expect(barrier, bytes);
+      if (args.start.share > 1) {
+        ptx::tensor_load_multicast(to + own_half * kHalfBytes, map, column + own_half * kHalfCols, token, barrier,
+                                   kBlocks);
+      } else {
 #pragma unroll
-            for (int half = 0; half < kHalves; ++half) {
-              ptx::tensor_load(to + half * kHalfBytes, map, column + half * kHalfCols, token, barrier);
-            }
-          }
-        },
-        [&](int range, int panel, int stage) {
-          if (panel % kTile.panels == 0) {
-            uint64_t* const flag = this->range_flag(range, panel / kTile.panels);
-            ptx::flag_wait(flag, args.token);
-            ptx::flag_clear(flag);
-            ptx::fence_async_global();
-          }
-          ptx::mbarrier_arrive_expect(this->full(stage), kSmem.acts_bytes);
-          ptx::bulk_load(this->acts_at(stage), this->range_sums(range, panel), kSmem.acts_bytes, this->full(stage));
-        });
+        for (int half = 0; half < kHalves; ++half)
+          ptx::tensor_load(to + half * kHalfBytes, map, column + half * kHalfCols, token, barrier);
+      }
+    });
   }
-
-  static constexpr int kIdleWarp = 3;
-  __device__ __forceinline__ void run(int warp) const {
-    if (warp == 0) {
-      load_weights();
-    } else if (warp == 1) {
-      load_acts();
-    } else if (warp == 2) {
-      load_scales();
+  // The sums of a panel of another block's range, into the bytes of a stage's activations.
+  __device__ __forceinline__ void ask_sums(int range, int panel, int stage) const {
+    if (panel % kTile.panels == 0) {
+      uint64_t* const flag = this->range_flag(range, panel / kTile.panels);
+      ptx::flag_wait(flag, args.token);
+      ptx::flag_clear(flag);
+      ptx::fence_async_global();
     }
+    ptx::mbarrier_arrive_expect(this->full(stage), kSmem.acts_bytes);
+    ptx::bulk_load(this->acts_at(stage), this->range_sums(range, panel), kSmem.acts_bytes, this->full(stage));
   }
 };
 
@@ -296,7 +290,7 @@ struct ConsumerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
     const int l = threadIdx.x % format::kLanes, warp = threadIdx.x / format::kLanes % format::kTileSlices;
     const uint32_t slice = warpgroup * kPanels * kSmem.tile_bytes + warp * format::slice_bytes(kBits);
     const bool tells =
-        l < base.args.share;  // every block that shares activations writes into all of them, so all are told
+        l < base.args.start.share;  // every block that shares activations writes into all of them, so all are told
     Lane lane{slice + l * uint32_t{sizeof(uint4)},
               slice + format::slice_code_words(kBits) * format::kWordBytes + l * uint32_t{sizeof(uint2)},
               Base::kScalesOffset +

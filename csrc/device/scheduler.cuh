@@ -43,6 +43,11 @@ SPARSE_MARLIN_HD constexpr uint32_t inverse(int divisor) {
   return divisor == 1 ? 0 : static_cast<uint32_t>(((uint64_t{1} << 32) + divisor - 1) / divisor);
 }
 
+// floor(dividend / divisor) by that.
+SPARSE_MARLIN_HD constexpr int divide(int dividend, uint32_t inverse) {
+  return inverse == 0 ? dividend : static_cast<int>(uint64_t{static_cast<uint32_t>(dividend)} * inverse >> 32);
+}
+
 // For few tokens: the token tiles of the same features are neighbours, so that weights are read from memory once. All of k.
 SPARSE_MARLIN_HD inline BlockWork work_of_neighbours(int tile, int tiles_m, uint32_t tiles_m_inverse, int col_tiles) {
   BlockWork w{0, tile, 0, 0, col_tiles};
@@ -51,5 +56,54 @@ SPARSE_MARLIN_HD inline BlockWork work_of_neighbours(int tile, int tiles_m, uint
   w.tile_m = tile - w.tile_n * tiles_m;
   return w;
 }
+
+// Divides what the host knows the divisor of: two multiplications, exact for all dividends below 2^32.
+struct Divisor {
+  uint64_t inverse = 0;  // 2^64 / divisor, rounded up; 0 for 1
+
+  static constexpr Divisor by(uint32_t divisor) { return {divisor == 1 ? 0 : ~uint64_t{0} / divisor + 1}; }
+  SPARSE_MARLIN_HD constexpr int divide(int dividend) const {
+    const uint64_t n = static_cast<uint32_t>(dividend);
+    if (inverse == 0) return dividend;
+    const uint64_t low = n * (inverse & ~uint32_t{0});
+    return static_cast<int>((n * (inverse >> 32) + (low >> 32)) >> 32);
+  }
+};
+
+// The order of block_work where the split is known already, without its divisions: at the start of a launch they are a tenth of a
+// microsecond each, and their code is fetched from memory.
+struct TileOrder {
+  int tiles_m;
+  int tiles_n;
+  int splits;
+  int cols;  // column tiles of k
+  uint32_t splits_inverse;
+  uint32_t last_rows_inverse;  // of the token tiles of the last panel of kRaster
+  Divisor panel;               // kRaster * tiles_n
+
+  static constexpr TileOrder of(int tiles_m, int tiles_n, int splits, int cols) {
+    return {tiles_m,
+            tiles_n,
+            splits,
+            cols,
+            device::inverse(splits),
+            device::inverse((tiles_m - 1) % kRaster + 1),
+            Divisor::by(static_cast<uint32_t>(kRaster * tiles_n))};
+  }
+  SPARSE_MARLIN_HD constexpr BlockWork work(int tile, int split) const {
+    BlockWork w{0, tile, split, 0, cols};
+    if (splits > 1) {
+      w.first_col = divide(cols * split, splits_inverse);
+      w.last_col = divide(cols * (split + 1), splits_inverse);
+    }
+    if (tiles_m == 1) return w;
+    const int before = tiles_m > kRaster ? panel.divide(tile) * kRaster : 0;  // token tiles of the panels before
+    const int in_panel = tile - before * tiles_n;
+    const int left = tiles_m - before, rows = left < kRaster ? left : kRaster;
+    w.tile_n = rows == kRaster ? in_panel / kRaster : divide(in_panel, last_rows_inverse);
+    w.tile_m = before + in_panel - w.tile_n * rows;
+    return w;
+  }
+};
 
 }  // namespace sparse_marlin::device

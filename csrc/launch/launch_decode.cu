@@ -7,6 +7,7 @@
 #include "device/scheduler.cuh"
 #include "launch/dependent_launch.cuh"
 #include "launch/kernel_table_decode.h"
+#include "launch/l2_policy.h"
 #include "launch/launch.h"
 #include "launch/launch_token.h"
 #include "launch/prepare_kernel.h"
@@ -22,10 +23,6 @@ namespace {
 
 constexpr int kMaxDevices = 64;
 constexpr int kTables = 8;
-
-// What createpolicy.fractional.L2 returns for the whole of what is accessed: constants of the machine, which in the kernel would be
-// put together again for every copy.
-constexpr uint64_t kEvictFirst = 0x12f0000000000000, kEvictNormal = 0x16f0000000000000;
 
 CUtensorMapDataType act_type(const Problem& problem) {
   return problem.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
@@ -76,8 +73,7 @@ device::DecodeStart start_args(const Problem& problem, const Plan& plan, const d
   const TileDecode& tile = tile_decode(plan.tile);
   device::DecodeStart start{};
   start.weights = reinterpret_cast<const char*>(gemm.params.weights);
-  // weights that one row of blocks reads must not push activations out of L2
-  start.policy = gemm.tiles_m == 1 ? kEvictFirst : kEvictNormal;
+  start.policy = weights_policy(gemm.tiles_m);
   start.row_copies = static_cast<uint32_t>(gemm.params.weights_row_words * format::kWordBytes / kCopyBytes);
   start.last_row_tile = static_cast<int>(format::row_tiles(problem.n)) - 1;
   start.tiles_m = gemm.tiles_m;
@@ -116,6 +112,7 @@ cudaError_t launch_decode(const Problem& problem, const Plan& plan, const device
   const Device& gpu = device_properties(device);
   const TileDecode& tile = tile_decode(plan.tile);
   args.smem = decode_layout(problem, tile, plan.splits, gpu.num_sms, gpu.smem_per_sm, plan.rank);
+  args.splits_inverse = device::inverse(plan.splits);
   args.start = start_args(problem, plan, gemm, args.smem);
   status = write_maps(args, problem, tile);
   if (status == cudaSuccess && plan.rank > 0) {

@@ -6,6 +6,7 @@
 
 #include "launch/dependent_launch.cuh"
 #include "launch/kernel_table_sm90.h"
+#include "launch/l2_policy.h"
 #include "launch/launch_token.h"
 #include "launch/prepare_kernel.h"
 #include "launch/spread.h"
@@ -24,7 +25,7 @@ cudaError_t write_maps(device::KernelArgsSm90& args, const Problem& problem, con
   const device::KernelArgs& g = args.gemm;
   const CUtensorMapDataType act =
       problem.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  // rows of activations and outputs are read and written 64 values at a time, in the order that wgmma and stmatrix like
+  // rows of activations are read 64 values at a time, in the order that wgmma likes
   const auto swizzled = [&](const void* data, int64_t rows, int64_t cols, int64_t row_elements, int box_rows) {
     return TensorMap<2>{act,
                         data,
@@ -38,8 +39,6 @@ cudaError_t write_maps(device::KernelArgsSm90& args, const Problem& problem, con
   cudaError_t status = swizzled(g.params.acts, g.m, g.k, g.acts_row, args.last_tokens).write(&args.last_map);
   if (status == cudaSuccess && g.tiles_m > 1)
     status = swizzled(g.params.acts, g.m, g.k, g.acts_row, block_m).write(&args.acts_map);
-  if (status == cudaSuccess && args.out_mapped)
-    status = swizzled(g.params.out, g.m, g.n, g.n, args.store_tokens).write(&args.out_map);
 
   const int tile_rows = smem.tile_bytes / kMapRowBytes;
   if (status == cudaSuccess) {
@@ -85,17 +84,16 @@ cudaError_t launch_sm90(const Problem& problem, const Plan& plan, const device::
 
   device::KernelArgsSm90 args{};
   args.gemm = gemm;
-  args.out_mapped = gemm.n * kActBytes % kCopyBytes == 0;
-  args.share = tile.share;
-  const int64_t tiles = int64_t{gemm.tiles_m} * gemm.tiles_n;
-  args.stream = {static_cast<int>(tiles), 0};
+  const int cols = static_cast<int>(format::col_tiles(problem.k)), tiles = gemm.tiles_m * gemm.tiles_n;
+  args.start = {device::TileOrder::of(gemm.tiles_m, gemm.tiles_n, gemm.splits, cols), tiles, tile.share, {tiles, 0}};
+  args.weights_policy = weights_policy(gemm.tiles_m);
+  args.cols = device::Divisor::by(static_cast<uint32_t>(cols));
   if (plan.splits < 0) {
-    args.stream = stream_k(tiles, format::col_tiles(problem.k), plan.grid);
+    args.start.stream = stream_k(tiles, cols, plan.grid);
     args.flags =
         reinterpret_cast<uint64_t*>(reinterpret_cast<char*>(gemm.partials) + plan.grid * range_sums_bytes(tile.size()));
     args.token = launch_token();
   }
-  args.store_tokens = plan.splits > 1 ? kChunkTokens : smem.store_tokens;
   status = write_maps(args, problem, tile, smem);
   if (status != cudaSuccess) return status;
 

@@ -49,6 +49,7 @@ struct SmemDecode {
   int weights;  // offsets
   int exchange;
   int received;  // where splits > 1
+  int owned;     // vectors of a split there
   int weights_full;
   int chunk_full;
   int chunk_empty;
@@ -64,9 +65,6 @@ struct SmemDecode {
 // Four features of a token stay together; where k is split, vector i of the tile belongs to block i % splits.
 inline constexpr int kVectorFeatures = 4;
 inline constexpr int kVectorBytes = kVectorFeatures * static_cast<int>(sizeof(float));
-constexpr int owned_vectors(const TileDecode& t, int rows, int splits, int rank = 0) {
-  return (rows * t.block_n() / kVectorFeatures - rank + splits - 1) / splits;
-}
 
 constexpr int up_boxes(int rank) { return (rank + kUpBoxRanks - 1) / kUpBoxRanks; }
 
@@ -86,7 +84,8 @@ constexpr SmemDecode smem_decode(const TileDecode& t, const Problem& p, int spli
   const int sums = t.warps_k * std::min(s.rows, kMmaTokens) * (t.block_n() + kEpiloguePad);
   s.received =
       s.exchange + std::max(sums * static_cast<int>(sizeof(float)), rank > 0 ? projected_bytes(p.m, p.k, rank) : 0);
-  const int received = splits > 1 ? splits * owned_vectors(t, s.rows, splits) * kVectorBytes : 0;
+  s.owned = (s.rows * t.block_n() / kVectorFeatures + splits - 1) / splits;  // of block 0, the most
+  const int received = splits > 1 ? splits * s.owned * kVectorBytes : 0;
   s.up = rank > 0 ? round_up(s.received + received, kSwizzleAlign) : s.received + received;
   s.projected = s.up + up_boxes(rank) * t.block_n() * kSwizzleRowBytes;
   s.weights_full = s.projected + (rank > 0 ? static_cast<int>(p.m) * projected_pitch(rank) * kActBytes : 0);

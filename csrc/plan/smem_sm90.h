@@ -7,7 +7,6 @@
 // Where k is split over a cluster, its sums are exchanged in the bytes of acts and weights, once these are done with.
 #pragma once
 #include <algorithm>
-#include <numeric>
 
 #include "plan/scale_mode.h"
 #include "plan/smem.h"
@@ -33,7 +32,6 @@ struct SmemSm90 {
   int scales_bytes;   // a stage
   int weights_bytes;  // a stage, scales included
   int pass_tokens;    // tokens of one pass of the epilogue
-  int store_tokens;   // of one tensor copy
   int pass_bytes;     // a slot of staging
   int slots;          // of a consumer: passes that may be under way at once
   int staging_bytes;  // a consumer
@@ -70,7 +68,6 @@ constexpr SmemSm90 smem_sm90(const ShapeSm90& t, int num_bits, ScaleMode mode) {
   s.scales_bytes = scale_rows(mode) * t.block_n() * kActBytes;
   s.weights_bytes = t.row_tiles() * s.tile_bytes + s.scales_bytes;
   s.pass_tokens = pass_tokens(t.block_m);
-  s.store_tokens = std::gcd(t.block_m, s.pass_tokens);
   s.pass_bytes = s.pass_tokens * kSwizzleRowBytes;
   const int slot = t.consumers * s.pass_bytes;
   const int fixed = (2 * kMaxStagesSm90 + 1) * kBarrierBytes + 2 * kSwizzleAlign;
@@ -88,15 +85,20 @@ constexpr SmemSm90 smem_sm90(const ShapeSm90& t, int num_bits, ScaleMode mode) {
   return s;
 }
 
-// Splits of k: a block gets every block's sums of the chunks it owns (device/exchange_sm90.cuh) where the stages were.
+// Splits of k: a block gets the others' sums of the chunks it owns (device/exchange_sm90.cuh) where the stages were,
+// with a place for its own.
 inline constexpr int kChunkBytes = kChunkTokens * format::kTileRows * static_cast<int>(sizeof(float));
 constexpr int consumer_chunks(const ShapeSm90& t) { return t.panels * t.block_m / kChunkTokens; }
 // Of a consumer, that block `rank` of the splits owns; at most that many of block 0.
 constexpr int owned_chunks(const ShapeSm90& t, int splits, int rank = 0) {
   return (consumer_chunks(t) - rank + splits - 1) / splits;
 }
-constexpr int exchange_bytes(const ShapeSm90& t, int splits, int rank = 0) {
-  return splits * t.consumers * owned_chunks(t, splits, rank) * kChunkBytes;
+constexpr int exchange_bytes(const ShapeSm90& t, int splits) {
+  return splits * t.consumers * owned_chunks(t, splits) * kChunkBytes;
+}
+// What the others send to block `rank`.
+constexpr int received_bytes(const ShapeSm90& t, int splits, int rank) {
+  return (splits - 1) * t.consumers * owned_chunks(t, splits, rank) * kChunkBytes;
 }
 
 constexpr bool fits_sm90() {

@@ -27,9 +27,6 @@ struct ShapeSm90 {
   constexpr int threads() const { return (consumers + 1) * kWarpgroupThreads; }
   // The largest tile is for many tokens, where nothing has to be split, and its sums leave no registers to exchange them.
   constexpr bool may_split() const { return block_m * panels <= 256; }
-  // Few sums of a split are sent by stores that their receiver counts; of many, each such store costs more than a meeting of the
-  // cluster does.
-  constexpr bool counts_sums() const { return block_m * block_n() <= 4096; }
   // Blocks that an SM holds at once. Two of the small ones: the next launch can then start before this one has finished.
   constexpr int blocks() const { return consumers == 2 && panels == 1 && block_m <= 64 ? 2 : 1; }
   // The producer hands registers to the consumers; multiples of 8, and together no more than the block was launched with.

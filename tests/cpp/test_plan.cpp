@@ -40,6 +40,53 @@ TEST(Scheduler, SharesOutAllWorkOnce) {
   }
 }
 
+// Without divisions, the same.
+TEST(Scheduler, TileOrderIsThatOfBlockWork) {
+  for (int tiles_m : {1, 2, 7, 8, 9, 15, 16, 20, 1000}) {
+    for (int tiles_n : {1, 3, 16, 3584}) {
+      for (int splits : {1, 2, 3, 5, 6, 7, 8}) {
+        const int cols = 8 + 3 * splits;
+        const device::TileOrder order = device::TileOrder::of(tiles_m, tiles_n, splits, cols);
+        const int tiles = tiles_m * tiles_n;
+        for (int tile = 0; tile < tiles; tile += 1 + tiles / 5000) {
+          for (int split = 0; split < splits; ++split) {
+            const device::BlockWork w = order.work(tile, split),
+                                    want = device::block_work(tile * splits + split, tiles_m, tiles_n, splits, cols);
+            ASSERT_EQ(w.tile_m, want.tile_m) << tile << " of " << tiles_m << " x " << tiles_n;
+            ASSERT_EQ(w.tile_n, want.tile_n);
+            ASSERT_EQ(w.split, want.split);
+            ASSERT_EQ(w.first_col, want.first_col) << "split " << split << " of " << splits;
+            ASSERT_EQ(w.last_col, want.last_col);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Scheduler, SplitsOfLongK) {
+  for (int splits = 2; splits <= kMaxCluster; ++splits) {
+    for (int cols : {splits, 1000, 131071, 131072}) {  // k up to 2^24
+      const device::TileOrder order = device::TileOrder::of(1, 1, splits, cols);
+      for (int split = 0; split < splits; ++split) {
+        const device::BlockWork w = order.work(0, split), want = device::block_work(split, 1, 1, splits, cols);
+        ASSERT_EQ(w.first_col, want.first_col);
+        ASSERT_EQ(w.last_col, want.last_col);
+      }
+    }
+  }
+}
+
+TEST(Scheduler, DivisorIsExact) {
+  for (uint32_t divisor : {1u, 2u, 3u, 7u, 32u, 112u, 448u, 65535u, 65536u, 131071u, 2147483647u}) {
+    const device::Divisor d = device::Divisor::by(divisor);
+    for (uint32_t at : {0u, divisor, 1000u * 448u, 1u << 30, 2147483647u}) {
+      for (int64_t n = std::max<int64_t>(0, int64_t{at} - 3); n <= std::min<int64_t>(INT32_MAX, int64_t{at} + 3); ++n)
+        ASSERT_EQ(d.divide(static_cast<int>(n)), n / divisor) << n << " / " << divisor;
+    }
+  }
+}
+
 // The same for the decode kernel, where each tile has all of k.
 TEST(Scheduler, NeighboursShareFeatures) {
   for (int tiles_m : {1, 2, 3, 7, 8, 16, 1000}) {

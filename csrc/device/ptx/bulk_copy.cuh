@@ -55,21 +55,6 @@ __device__ __forceinline__ void tensor_load_3d(uint32_t dst, const CUtensorMap* 
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
       : "memory");
 }
-// Shared memory to the box at (x, y); what lies outside the matrix is not written.
-__device__ __forceinline__ void tensor_store(const CUtensorMap* map, uint32_t src, int x, int y) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(x), "r"(y),
-               "r"(src)
-               : "memory");
-}
-__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// This thread's committed stores, but for the last kPending, have read their shared memory.
-template <int kPending = 0>
-__device__ __forceinline__ void bulk_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
-}
-// Ordinary writes to shared memory become visible to the asynchronous copies.
-__device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // Ordinary reads and writes of global memory before it are ordered with asynchronous copies after it.
 __device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 

@@ -87,6 +87,7 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
   args.gemm.group_size = group_size;
   args.gemm.group_shift = group_size > 0 ? __builtin_ctz(group_size) : 0;
   args.smem = smem;
+  args.splits_inverse = device::inverse(splits);
   args.start = {reinterpret_cast<const char*>(words.data()),
                 0,
                 static_cast<uint32_t>(packed.row_words() * format::kWordBytes / kCopyBytes),
