@@ -25,7 +25,17 @@ MAY_INCLUDE = {
 }
 PLAN_LEAVES = {
     f"plan/{name}.h"
-    for name in ("tiles", "smem", "scale_mode", "tiles_sm90", "smem_sm90", "tiles_decode", "smem_decode", "stream_k")
+    for name in (
+        "tiles",
+        "smem",
+        "registers",
+        "scale_mode",
+        "tiles_sm90",
+        "smem_sm90",
+        "tiles_decode",
+        "smem_decode",
+        "stream_k",
+    )
 }
 TORCH = re.compile(r"^(torch|ATen|c10)/")
 CUDA = re.compile(r"^(cuda|cublas|cooperative_groups|nv/|cub/)")

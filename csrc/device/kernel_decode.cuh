@@ -4,18 +4,18 @@
 #include "device/epilogue_decode.cuh"
 #include "device/low_rank_decode.cuh"
 #include "device/mainloop_decode.cuh"
+#include "plan/registers.h"
 
 namespace sparse_marlin::device {
 
-// Registers of a thread, at most: an SM holds t.blocks blocks, whose warps share out four times 16,384, by the 8 for a thread. No launch
-// bounds, since a launch may bring idle warps (launch/spread.h). With small groups the widest tile with a correction and, with 8 bits,
-// the one of most warps have no registers left for two blocks.
+// Registers of a thread, at most: an SM holds t.blocks blocks. No launch bounds, since a launch may bring idle warps
+// (launch/spread.h). With small groups the widest tile with a correction and, with 8 bits, the one of most warps have no registers left
+// for two blocks.
 constexpr int max_registers(const TileDecode& t, int num_bits, ScaleMode mode, bool low_rank) {
-  constexpr int kSchedulers = 4, kOfScheduler = 16384 / format::kLanes, kUnit = 8;
   const bool large = (low_rank && t.slices == 4) || (num_bits == 8 && t.warps() > 8);
   const int blocks = large && mode == ScaleMode::kSteps ? 1 : t.blocks;
   const int warps = (blocks * t.threads() / format::kLanes + kSchedulers - 1) / kSchedulers;
-  return kOfScheduler / warps / kUnit * kUnit;
+  return kSchedulerRegisters / format::kLanes / warps / kRegisterUnit * kRegisterUnit;
 }
 
 // The tile goes by its index in kTilesDecode, as in kernel_sm80.cuh.

@@ -10,6 +10,7 @@
 
 #include "format/packed_24.h"
 #include "plan/plan.h"
+#include "plan/registers.h"
 #include "plan/smem.h"
 
 namespace sparse_marlin {
@@ -32,11 +33,10 @@ inline BlockSize block_size(const Plan& plan, const Device& device) {
   return plan.spread ? spread_by_smem(plan, device) : BlockSize{plan.threads, plan.smem_bytes};
 }
 
-// Warps of more than half of an SM's registers, which warps of a scheduler (16,384 registers) take by the 256.
+// Warps of more than half of an SM's registers.
 constexpr int warps_alone(int registers, int* fit) {
-  constexpr int kSchedulers = 4, kOfScheduler = 16384, kUnit = 256;
-  const int of_warp = (registers * format::kLanes + kUnit - 1) / kUnit * kUnit;
-  *fit = kOfScheduler / of_warp * kSchedulers;
+  const int of_thread = (registers + kRegisterUnit - 1) / kRegisterUnit * kRegisterUnit;
+  *fit = kSchedulerRegisters / (of_thread * format::kLanes) * kSchedulers;
   return *fit / 2 + 1;
 }
 
