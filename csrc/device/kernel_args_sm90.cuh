@@ -8,8 +8,8 @@
 
 namespace sparse_marlin::device {
 
-// What a thread must know to ask for its first bytes, in one line of the constant cache: at the start of a launch each line takes
-// hundreds of clocks to come.
+// What a thread must know to ask for its first bytes, in one line of the constant cache: at the start of a launch the first line takes
+// 200 to 400 clocks to come, and each further one 60.
 struct StartSm90 {
   TileOrder order;  // a tile of tiles_n is share x block_n features
   int tiles;        // output tiles
