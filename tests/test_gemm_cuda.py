@@ -15,8 +15,8 @@ from sparse_marlin.info import planner_device
 pytestmark = pytest.mark.gpu
 
 HALVES = [torch.float16, torch.bfloat16]
-# (m, n, k, group): one tile or less, odd everything (rows of the output that no tensor copy can store, activations and
-# scales that no asynchronous copy can read), several tiles with a ragged end, a split's worth of k.
+# (m, n, k, group): one tile or less, odd everything (rows of the output that cannot be stored 16 bytes at a time,
+# activations and scales that no asynchronous copy can read), several tiles with a ragged end, a split's worth of k.
 SHAPES = [
     (1, 64, 128, 128),
     (9, 65, 132, 32),
