@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from plan_report import GOOD
 from scipy.optimize import least_squares
 
 from sparse_marlin import _core
@@ -51,7 +52,6 @@ SHARPNESS = 15.0  # a plan 1 / 15 slower than the best one weighs half
 # Of the second step: how much slower a plan is predicted that is chosen a third as often, the weight of the distance
 # from the first step's constants, Adam's steps and their size.
 BLUR, REFINED_HOLD, STEPS, STEP = 0.03, 0.5, 200, 0.01
-GOOD = 0.07
 HBM3_GB_PER_S = 3352.0  # where a result does not say
 
 
