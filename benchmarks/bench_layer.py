@@ -1,4 +1,5 @@
-"""Times the four linears of a Llama-3-8B decoder layer, one after another, with and without dependent launch.
+"""Times the four linears of a Llama-3-8B decoder layer, one after another, with and without dependent launch, and told
+which weight comes next.
 
     python benchmarks/bench_layer.py --out benchmarks/results/layer.json
     python benchmarks/bench_layer.py --dtype bfloat16 --num-bits 8 --tokens 1,16
@@ -6,8 +7,10 @@
 Each linear reads the first M x K values of what the one before it wrote, so no two can run at the same time; what lies
 between them in a model (attention, norms, the activation function) is left out. One CUDA graph holds --layers layers of
 different weights, more than any cache keeps. Correctness comes first: every linear against float64, and the chain with
-dependent launch must give the bits of the chain without it, in every output. Then cuBLAS, ours without and ours with
-dependent launch are timed in turn, several rounds; the median counts.
+dependent launch must give the bits of the chain without it, in every output, and so must that which is told what comes
+next (`sparse_marlin_gemm_prefetch` with the first --ahead KB of that weight, few, since nothing lies between). Then
+cuBLAS and ours, without dependent launch, with it, and told what comes next are timed in turn, several rounds; the
+median counts.
 """
 
 import argparse
@@ -38,6 +41,7 @@ class Chain:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.group_size, self.num_bits, self.layers = args.group_size, args.num_bits, args.layers
+        self.ahead = args.ahead << 10
         self.dtype = getattr(torch, args.dtype)
         self.device = planner_device(torch.cuda.current_device())
         self.packed = {
@@ -75,6 +79,16 @@ class Chain:
             a, self.packed[name][layer], self.scales[name], self.group_size, self.num_bits, None,
             plans[name].tile, plans[name].splits, dependent=False,
         )  # fmt: skip
+
+    def told(self, a: torch.Tensor, layer: int, name: str) -> torch.Tensor:
+        """The operator that is told what comes next."""
+        names = list(LINEARS)
+        place = names.index(name) + 1
+        following = self.packed[names[place % len(names)]][(layer + place // len(names)) % self.layers]
+        rows = max(1, round(self.ahead / (following[0].numel() * following.element_size())))
+        return torch.ops.sparse_marlin.sparse_marlin_gemm_prefetch(
+            a, self.packed[name][layer], self.scales[name], following[:rows], self.group_size, self.num_bits
+        )
 
     def cublas(self, a: torch.Tensor, layer: int, name: str) -> torch.Tensor:
         weights = self.dense[name]
@@ -121,10 +135,10 @@ class Chain:
     def check(self, start: torch.Tensor) -> None:
         tokens = start.shape[0]
         plain = self.replayed(start, self.ours(tokens, dependent=False))
-        dependent = self.replayed(start, self.ours(tokens, dependent=True))
         names = list(LINEARS)
-        for i, (got, wanted) in enumerate(zip(dependent, plain, strict=True)):
-            testing.assert_same_bits(got, wanted, f"linear {i} ({names[i % len(names)]}) with dependent launch")
+        for what, linear in (("with dependent launch", self.ours(tokens, dependent=True)), ("and told", self.told)):
+            for i, (got, wanted) in enumerate(zip(self.replayed(start, linear), plain, strict=True)):
+                testing.assert_same_bits(got, wanted, f"linear {i} ({names[i % len(names)]}) {what}")
         if not bool(torch.isfinite(plain[-1]).all()):
             raise AssertionError("the chain overflows")
         a = start
@@ -141,6 +155,7 @@ class Chain:
             "cublas": self.cublas,
             "plain": self.ours(tokens, dependent=False),
             "dependent": self.ours(tokens, dependent=True),
+            "told": self.told,
         }
         times: dict[str, list[float]] = {name: [] for name in contestants}
         for _ in range(ROUNDS):
@@ -156,7 +171,8 @@ class Chain:
             **{f"{name}_range": [min(values), max(values)] for name, values in times.items()},
             "plain_speedup": median["cublas"] / median["plain"],
             "dependent_speedup": median["cublas"] / median["dependent"],
-            "floor_fraction": self.bytes_read() / bandwidth / median["dependent"],
+            "told_speedup": median["cublas"] / median["told"],
+            "floor_fraction": self.bytes_read() / bandwidth / min(median["dependent"], median["told"]),
             "plans": {
                 name: f"{tiles[name].block_m}x{tiles[name].block_n} {tiles[name].kernel} share {tiles[name].share} "
                 f"splits {plan.splits}"
@@ -169,13 +185,14 @@ def print_table(result: dict[str, object], rows: list[dict[str, object]]) -> Non
     table = Table(
         title=f"us a layer, {result['gpu']}, {result['dtype']}, {result['num_bits']} bits, group {result['group_size']}"
     )
-    for column in ("m", "cuBLAS", "plain", "x", "dependent", "x", "of floor"):
+    for column in ("m", "cuBLAS", "plain", "x", "dependent", "x", "told", "x", "of floor"):
         table.add_column(column, justify="right")
     for row in rows:
         v = {key: float(str(value)) for key, value in row.items() if isinstance(value, (int, float))}
         table.add_row(
             str(row["m"]), f"{v['cublas_us']:.1f}", f"{v['plain_us']:.1f}", f"{v['plain_speedup']:.2f}",
-            f"{v['dependent_us']:.1f}", f"{v['dependent_speedup']:.2f}", f"{v['floor_fraction']:.2f}",
+            f"{v['dependent_us']:.1f}", f"{v['dependent_speedup']:.2f}", f"{v['told_us']:.1f}",
+            f"{v['told_speedup']:.2f}", f"{v['floor_fraction']:.2f}",
         )  # fmt: skip
     Console(width=130).print(table)
     for row in rows:
@@ -190,6 +207,7 @@ def main() -> None:
     parser.add_argument("--num-bits", type=int, choices=(4, 8), default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--ahead", type=int, default=1536, help="KB of the next weight that are asked for")
     parser.add_argument("--tokens", type=positive_ints, default=TOKENS)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
@@ -204,6 +222,7 @@ def main() -> None:
         "num_bits": args.num_bits,
         "group_size": args.group_size,
         "layers": args.layers,
+        "ahead_kb": args.ahead,
         "copy_tb_per_s": bandwidth / 1e6,
         "rows": rows,
     }

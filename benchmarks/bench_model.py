@@ -1,7 +1,7 @@
 """Times a model of Llama-3-8B's shape with random weights: decoding and the first token, dense against 2:4-sparse.
 
     python benchmarks/bench_model.py --out benchmarks/results/model.json
-    python benchmarks/bench_model.py --layers 8 --batches 1 --compile --dependent-launch --merged --lm-head
+    python benchmarks/bench_model.py --batches 1 --compile --dependent-launch --combo-kernels --merged --prefetch
 
 Both models are transformers' LlamaForCausalLM, in which q, k, v, gate and up are separate linears. --merged takes
 Phi3ForCausalLM instead: the same layers with one linear for q, k and v and one for gate and up, as servers (vLLM, TGI)
@@ -13,8 +13,9 @@ to a cache of fixed size, then the most likely token becomes the next input. The
 which costs what a step at that context costs. The first token is model.forward of a prompt and the choice of a token,
 once in a CUDA graph and once as Python runs it. --compile runs all of this through torch.compile, which fuses small
 kernels between the linears and takes minutes to start (fewer --layers: less); with --dependent-launch these kernels
-may start before the one before has finished, as the sparse linears do (what TORCHINDUCTOR_ENABLE_PDL=1 sets). Models
-take turns; the median counts.
+may start before the one before has finished, as the sparse linears do (what TORCHINDUCTOR_ENABLE_PDL=1 sets); with
+--combo-kernels, those that do not depend on each other are joined. All of this holds for both models. --prefetch tells
+the sparse linears which one comes next (`sparse_marlin.enable_prefetch`). Models take turns; the median counts.
 """
 
 import argparse
@@ -43,6 +44,7 @@ from transformers import (
 )
 from weights import check_rows, random_packed, random_scales
 
+import sparse_marlin
 from sparse_marlin import SparseMarlinLinear
 from sparse_marlin.replace import module_bytes, survey
 
@@ -56,6 +58,7 @@ SHAPE: dict[str, Any] = {
     "tie_word_embeddings": False,
     "pad_token_id": 0,  # some id of the vocabulary
 }
+SETTINGS = ("compile", "dependent_launch", "combo_kernels", "merged", "prefetch", "lm_head")
 ATTENTION = "fixed_cache"
 ROUNDS = 2
 STEPS = 4  # of decoding, a graph
@@ -162,6 +165,12 @@ class Runner:
 
         return step
 
+    def link(self) -> int:
+        """Tells the sparse linears what comes next."""
+        ids = torch.zeros((1, 1), dtype=torch.long, device="cuda")
+        cache = FixedCache(self.config, 1, 1, self.dtype)
+        return sparse_marlin.enable_prefetch(self.model, lambda: self.forward(ids, ids, cache))
+
     def first_token(self, prompt: int) -> Callable[[], object]:
         cache = FixedCache(self.config, 1, prompt, self.dtype)
         ids = torch.randint(0, self.config.vocab_size, (1, prompt), device="cuda")
@@ -243,8 +252,7 @@ def measure(runners: dict[str, Runner], args: argparse.Namespace) -> list[dict[s
 def print_table(result: dict[str, object], rows: list[dict[str, object]]) -> None:
     table = Table(
         title=f"{result['gpu']}, {result['layers']} layers, {result['dtype']} against {result['num_bits']} bits, "
-        f"group {result['group_size']}"
-        + "".join(f", {name}" for name in ("compile", "dependent_launch", "merged", "lm_head") if result[name])
+        f"group {result['group_size']}" + "".join(f", {name}" for name in SETTINGS if result[name])
     )
     for column in ("what", "batch", "tokens", "dense ms", "sparse ms", "x", "dense tokens/s", "sparse tokens/s"):
         table.add_column(column, justify="left" if column == "what" else "right")
@@ -271,16 +279,21 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=1024, help="tokens before the first token")
     parser.add_argument("--compile", action="store_true", help="both models through torch.compile")
     parser.add_argument("--dependent-launch", action="store_true", help="for torch.compile's kernels, too")
+    parser.add_argument("--combo-kernels", action="store_true", help="let torch.compile join independent kernels")
     parser.add_argument("--merged", action="store_true", help="q, k, v in one linear, gate and up in one")
+    parser.add_argument("--prefetch", action="store_true", help="the sparse linears are told which one comes next")
     parser.add_argument("--lm-head", action="store_true", help="the sparse model's lm_head is sparse, too")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     if args.dependent_launch and not args.compile:
         parser.error("--dependent-launch: expected --compile, whose kernels it is about")
+    if args.combo_kernels and not args.compile:
+        parser.error("--combo-kernels: expected --compile, whose kernels it is about")
     torch.manual_seed(0)
     full_precision_sums()
     if args.dependent_launch:
         torch._inductor.config.triton.enable_pdl = True
+    torch._inductor.config.combo_kernels = args.combo_kernels
     torch._dynamo.config.recompile_limit = 64  # batch sizes and models that share their code
     AttentionInterface.register(ATTENTION, attention)
     kind = Phi3Config if args.merged else LlamaConfig
@@ -293,6 +306,8 @@ def main() -> None:
         runners = {"dense": Runner(dense, args.compile), "sparse": Runner(sparse, args.compile)}
         for runner in runners.values():
             runner.check()
+        if args.prefetch:
+            print(f"{runners['sparse'].link()} linears know the next one")
         rows = measure(runners, args)
     result: dict[str, object] = {
         **machine(),
@@ -302,10 +317,7 @@ def main() -> None:
         "group_size": args.group_size,
         "layers": args.layers,
         "linears": converted,
-        "compile": args.compile,
-        "dependent_launch": args.dependent_launch,
-        "merged": args.merged,
-        "lm_head": args.lm_head,
+        **{name: getattr(args, name) for name in SETTINGS},
         "dense_gb": module_bytes(dense) / 1e9,
         "sparse_gb": module_bytes(sparse) / 1e9,
         "rows": rows,

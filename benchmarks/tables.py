@@ -55,11 +55,12 @@ def gemm_remarks(result: Row) -> list[str]:
 
 
 def layer_table(result: Row) -> str:
-    head = ["tokens", "cuBLAS us", "plain us", "x", "dependent us", "x", "of floor"]
+    head = ["tokens", "cuBLAS us", "plain us", "x", "dependent us", "x", "told what comes next us", "x", "of floor"]
     rows = [
         [
             str(row["m"]), f"{row['cublas_us']:.1f}", f"{row['plain_us']:.1f}", f"{row['plain_speedup']:.2f}",
-            f"{row['dependent_us']:.1f}", f"{row['dependent_speedup']:.2f}", f"{row['floor_fraction']:.2f}",
+            f"{row['dependent_us']:.1f}", f"{row['dependent_speedup']:.2f}", f"{row['told_us']:.1f}",
+            f"{row['told_speedup']:.2f}", f"{row['floor_fraction']:.2f}",
         ]
         for row in result["rows"]
     ]  # fmt: skip

@@ -31,6 +31,10 @@ SCHEMAS = {
         "(Tensor a, Tensor weight_packed, Tensor scales, Tensor down, Tensor up, int group_size=128, int num_bits=4, "
         "Tensor? bias=None) -> Tensor"
     ),
+    "sparse_marlin_gemm_prefetch": (
+        "(Tensor a, Tensor weight_packed, Tensor scales, Tensor next_packed, int group_size=128, int num_bits=4, "
+        "Tensor? bias=None) -> Tensor"
+    ),
 }
 
 
@@ -60,10 +64,11 @@ def opcheck_samples(device: torch.device) -> list[tuple]:
             OPS.sparse_marlin_gemm.default,
             (a.clone().requires_grad_(), layer.packed, layer.scales, 32, 8, layer.bias.clone().requires_grad_()),
         ),
+        (OPS.sparse_marlin_gemm_prefetch.default, (a, layer.packed, layer.scales, plain.packed, 32, 8, layer.bias)),
     ]
 
 
-@pytest.mark.parametrize("sample", range(6))
+@pytest.mark.parametrize("sample", range(7))
 def test_opcheck(device, sample):
     op, args = opcheck_samples(device)[sample]
     results = torch.library.opcheck(op, args)

@@ -43,6 +43,12 @@ struct DecodeStart {
 };
 static_assert(sizeof(DecodeStart) <= 64);
 
+// What to bring into L2 once this kernel has asked for all of its own: the weights that are read next, as far as they are worth it.
+struct PrefetchArgs {
+  const char* start;
+  uint32_t bytes;  // 0: nothing
+};
+
 struct KernelArgsDecode {
   DecodeStart start;
   KernelArgs gemm;
@@ -53,6 +59,7 @@ struct KernelArgsDecode {
   uint32_t splits_inverse;  // device/scheduler.cuh
   uint32_t zero;            // 0, which the compiler must not know (run in mainloop_decode.cuh)
   LowRankArgs low;          // for the kernels with a correction
+  PrefetchArgs next;
 };
 
 }  // namespace sparse_marlin::device

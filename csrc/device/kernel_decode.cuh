@@ -93,11 +93,13 @@ __global__ void __maxnreg__(max_registers(kTilesDecode[kTileIndex], kBits, kMode
         receiver.run(loader, asked, asks, lane);
         __syncwarp();
         if (asks) loader.run(asked);
+        if (asks) loader.ask_next();
         receiver.done(lane);
         return;
       }
     }
     if (asks) loader.run(asked);
+    if (asks) loader.ask_next();
     __syncwarp();
     if (idle_warps) ptx::named_barrier_arrive(kEnd, blockDim.x);
     return;

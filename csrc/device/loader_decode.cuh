@@ -145,6 +145,15 @@ struct DecodeLoader : DecodePlaces<kTile, kMode, kLowRank> {
       ask(s);
     }
   }
+  // One thread's, behind its last request: its block's pieces of what is read next. Without it the memory rests from here until the next
+  // multiplication asks, which may have norms or attention before it.
+  __device__ __forceinline__ void ask_next() const {
+    constexpr uint32_t kPiece = 4 << 10;
+    const uint32_t lead = kLowRank ? args.low.lead : 0, step = (gridDim.x - lead) * kPiece;
+#pragma unroll 1
+    for (uint32_t at = (blockIdx.x - lead) * kPiece; at < args.next.bytes; at += step)
+      ptx::bulk_prefetch(args.next.start + at, min(kPiece, args.next.bytes - at));
+  }
 };
 
 }  // namespace sparse_marlin::device

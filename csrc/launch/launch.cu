@@ -144,7 +144,7 @@ const Device& device_properties(int index) {
 }
 
 std::string launch(const Problem& problem, const Plan& plan, const GemmParams& params, void* cuda_stream,
-                   const LowRankFactors& factors) {
+                   const LowRankFactors& factors, const NextWeights& next) {
   const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
   const device::KernelArgs args = kernel_args(problem, plan, params);
   int device = 0;
@@ -160,7 +160,7 @@ std::string launch(const Problem& problem, const Plan& plan, const GemmParams& p
     switch (family(plan.tile)) {
       case Family::kSm80: status = launch_sm80(problem, plan, args, device, stream); break;
       case Family::kSm90: status = launch_sm90(problem, plan, args, device, stream); break;
-      case Family::kDecode: status = launch_decode(problem, plan, args, factors, device, stream); break;
+      case Family::kDecode: status = launch_decode(problem, plan, args, factors, next, device, stream); break;
     }
   }
   if (status == cudaSuccess && reduced_splits(plan.tile, plan.splits) > 1)

@@ -11,10 +11,16 @@ struct LowRankFactors {
   const void* up = nullptr;    // [n, Plan::rank]
 };
 
+// packed_24 weights that the multiplication after this one reads: a hint, which kernels for few tokens take.
+struct NextWeights {
+  const void* start = nullptr;  // aligned to 16 bytes
+  int64_t bytes = 0;            // from there on, a multiple of 16
+};
+
 // Enqueues the kernels of `plan` on `stream` (a cudaStream_t) of the current device. Returns an empty string or what went wrong.
 // factors: read where Plan::rank > 0, like the weights before the kernel before has finished.
 std::string launch(const Problem& problem, const Plan& plan, const GemmParams& params, void* stream,
-                   const LowRankFactors& factors = {});
+                   const LowRankFactors& factors = {}, const NextWeights& next = {});
 
 // Properties of CUDA device `index`, read once and remembered. Throws std::runtime_error where there is none.
 const Device& device_properties(int index);

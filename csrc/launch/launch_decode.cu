@@ -1,6 +1,7 @@
 // Starts the decode kernel: tensor maps, shared memory, dependent launch.
 #include "launch/launch_decode.h"
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 
@@ -23,6 +24,9 @@ namespace {
 
 constexpr int kMaxDevices = 64;
 constexpr int kTables = 8;
+// Of the next weights, what is brought into L2 ahead of them: the memory has time for that while a norm or attention runs, and more would be
+// in the way of what those read (docs/KERNEL_SM90.md, attempt 61).
+constexpr int64_t kMostAhead = 8 << 20;
 
 CUtensorMapDataType act_type(const Problem& problem) {
   return problem.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
@@ -92,7 +96,7 @@ device::DecodeStart start_args(const Problem& problem, const Plan& plan, const d
 }  // namespace
 
 cudaError_t launch_decode(const Problem& problem, const Plan& plan, const device::KernelArgs& gemm,
-                          const LowRankFactors& factors, int device, cudaStream_t stream) {
+                          const LowRankFactors& factors, const NextWeights& next, int device, cudaStream_t stream) {
   static const KernelTableDecode* const tables[kTables] = {
       &kKernelsDecodeF16Int4,         &kKernelsDecodeF16Int8,        &kKernelsDecodeBf16Int4,
       &kKernelsDecodeBf16Int8,        &kKernelsDecodeLowRankF16Int4, &kKernelsDecodeLowRankF16Int8,
@@ -126,6 +130,7 @@ cudaError_t launch_decode(const Problem& problem, const Plan& plan, const device
                  .write(&args.up_map);
   }
   if (status != cudaSuccess) return status;
+  args.next = {static_cast<const char*>(next.start), static_cast<uint32_t>(std::min(next.bytes, kMostAhead))};
   const BlockSize block = block_size(plan, gpu, of_thread.load(std::memory_order_relaxed));
   return launch_dependent(kernel, args, plan.grid, block.threads, block.smem_bytes, plan.splits, plan.dependent,
                           stream);

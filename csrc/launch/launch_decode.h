@@ -9,6 +9,6 @@
 namespace sparse_marlin {
 
 cudaError_t launch_decode(const Problem& problem, const Plan& plan, const device::KernelArgs& args,
-                          const LowRankFactors& factors, int device, cudaStream_t stream);
+                          const LowRankFactors& factors, const NextWeights& next, int device, cudaStream_t stream);
 
 }  // namespace sparse_marlin

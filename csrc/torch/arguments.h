@@ -14,6 +14,7 @@ inline constexpr char kPackOp[] = "pack_24_weights";
 inline constexpr char kUnpackOp[] = "unpack_24_weights";
 inline constexpr char kGemmOp[] = "sparse_marlin_gemm";
 inline constexpr char kLowRankOp[] = "sparse_marlin_gemm_low_rank";
+inline constexpr char kPrefetchOp[] = "sparse_marlin_gemm_prefetch";
 inline constexpr char kImportOp[] = "import_marlin_24";
 inline constexpr char kExportOp[] = "export_marlin_24";
 
@@ -61,7 +62,10 @@ struct ExportCall {
 GemmCall gemm_call(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, int64_t group_size,
                    int64_t num_bits, const std::optional<Tensor>& bias, const char* op = kGemmOp);
 LowRankCall low_rank_call(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, const Tensor& down,
-                          const Tensor& up, int64_t group_size, int64_t num_bits, const std::optional<Tensor>& bias);
+                          const Tensor& up, int64_t group_size, int64_t num_bits, const std::optional<Tensor>& bias,
+                          const char* op = kLowRankOp);
+// Throws where `next_packed` cannot be what the multiplication after that of `a` reads.
+void expect_next(const Tensor& next_packed, const Tensor& a);
 PackCall pack_call(const Tensor& weight, const Tensor& scales, int64_t group_size, int64_t num_bits);
 UnpackCall unpack_call(const Tensor& weight_packed, int64_t size_n, int64_t size_k, int64_t num_bits);
 ImportCall import_call(const Tensor& packed, const Tensor& meta, int64_t num_bits);

@@ -127,6 +127,8 @@ DType core_dtype(ScalarType type) {
   return type == ScalarType::Float ? DType::kFloat32 : type == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16;
 }
 
+bool is_dense_aligned(const Tensor& tensor) { return tensor.is_contiguous() && aligned(tensor.const_data_ptr()); }
+
 Tensor dense_aligned(const Tensor& tensor) {
   const Tensor dense = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
   return aligned(dense.const_data_ptr()) ? dense : torch::stable::clone(dense);

@@ -58,6 +58,7 @@ DType core_dtype(ScalarType type);
 // The tensor itself, or a copy, so that it is contiguous and its first byte lies on a 16-byte boundary (the kernels'
 // widest access).
 Tensor dense_aligned(const Tensor& tensor);
+bool is_dense_aligned(const Tensor& tensor);  // it would be the tensor itself
 
 // packed_24 bytes as the kernels take them: a row of tiles is contiguous, rows may be further apart than they are long,
 // so a slice of a larger packed tensor along either dimension is used where it lies. Copied only where that does not

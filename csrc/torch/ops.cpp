@@ -43,6 +43,16 @@ Tensor gemm_low_rank_cpu_op(const Tensor& a, const Tensor& weight_packed, const 
   return call.gemm.out;
 }
 
+// A CPU's caches are too small for the hint.
+Tensor gemm_prefetch_cpu_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales,
+                            const Tensor& next_packed, int64_t group_size, int64_t num_bits,
+                            const std::optional<Tensor>& bias) {
+  const GemmCall call = gemm_call(a, weight_packed, scales, group_size, num_bits, bias, kPrefetchOp);
+  expect_next(next_packed, a);
+  if (call.problem.m > 0) gemm_cpu(call.problem, call.params, on_torch_threads);
+  return call.out;
+}
+
 Tensor import_cpu_op(const Tensor& packed, const Tensor& meta, int64_t num_bits) {
   const ImportCall call = import_call(packed, meta, num_bits);
   expect_imported(import_marlin_24_cpu(call.params, on_torch_threads), call.params.num_bits);
@@ -70,6 +80,10 @@ STABLE_TORCH_LIBRARY(sparse_marlin, m) {
   // The same plus a low-rank correction, (a @ down^T) @ up^T; down [rank, K], up [N, rank].
   m.def(
       "sparse_marlin_gemm_low_rank(Tensor a, Tensor weight_packed, Tensor scales, Tensor down, Tensor up, "
+      "int group_size=128, int num_bits=4, Tensor? bias=None) -> Tensor");
+  // sparse_marlin_gemm with a hint: next_packed is what the multiplication after this one reads.
+  m.def(
+      "sparse_marlin_gemm_prefetch(Tensor a, Tensor weight_packed, Tensor scales, Tensor next_packed, "
       "int group_size=128, int num_bits=4, Tensor? bias=None) -> Tensor");
   // Checkpoints of the old format "marlin-24" (csrc/legacy).
   m.def("import_marlin_24(Tensor packed, Tensor meta, int num_bits=4) -> Tensor");
@@ -99,6 +113,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_marlin, CPU, m) {
   m.impl("unpack_24_weights", TORCH_BOX(&sparse_marlin::unpack_cpu_op));
   m.impl("sparse_marlin_gemm", TORCH_BOX(&sparse_marlin::gemm_cpu_op));
   m.impl("sparse_marlin_gemm_low_rank", TORCH_BOX(&sparse_marlin::gemm_low_rank_cpu_op));
+  m.impl("sparse_marlin_gemm_prefetch", TORCH_BOX(&sparse_marlin::gemm_prefetch_cpu_op));
   m.impl("import_marlin_24", TORCH_BOX(&sparse_marlin::import_cpu_op));
   m.impl("export_marlin_24", TORCH_BOX(&sparse_marlin::export_cpu_op));
 }

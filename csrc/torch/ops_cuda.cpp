@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor> export_cuda_op(const Tensor& weight_packed, int64_t s
 // `choose` makes the plan from the problem and the device. factors: for plans with a rank.
 template <class Choose>
 Tensor run_gemm(GemmCall call, int32_t device_index, const Choose& choose, const char* op = kGemmOp,
-                const LowRankFactors& factors = {}) {
+                const LowRankFactors& factors = {}, const NextWeights& next = {}) {
   Plan plan;
   try {
     const Device& device = device_properties(device_index);
@@ -97,7 +97,7 @@ Tensor run_gemm(GemmCall call, int32_t device_index, const Choose& choose, const
     workspace = device_buffer(call.out, floats, ScalarType::Float);
     call.params.workspace = workspace->mutable_data_ptr();
   }
-  expect_no_error(op, launch(call.problem, plan, call.params, current_stream(call.out), factors));
+  expect_no_error(op, launch(call.problem, plan, call.params, current_stream(call.out), factors, next));
   return call.out;
 }
 
@@ -123,6 +123,26 @@ Tensor gemm_cuda_op(const Tensor& a, const Tensor& weight_packed, const Tensor& 
   return run_gemm(call, index, [index](const Problem& problem, const Device& device) {
     return remembered_plan(problem, device, index);
   });
+}
+
+// Of a slice along K the rows lie apart, with bytes between them that are of no use: no hint.
+NextWeights next_weights(const Tensor& next_packed) {
+  constexpr int64_t kUnit = 16;  // bytes of which the kernel asks for multiples
+  if (!is_dense_aligned(next_packed)) return {};
+  return {next_packed.const_data_ptr(), next_packed.numel() * int64_t{format::kWordBytes} / kUnit * kUnit};
+}
+
+Tensor gemm_prefetch_cuda_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales,
+                             const Tensor& next_packed, int64_t group_size, int64_t num_bits,
+                             const std::optional<Tensor>& bias) {
+  const GemmCall call = gemm_call(a, weight_packed, scales, group_size, num_bits, bias, kPrefetchOp);
+  expect_next(next_packed, a);
+  const DeviceGuard guard(call.out.get_device_index());
+  const int32_t index = call.out.get_device_index();
+  const auto choose = [index](const Problem& problem, const Device& device) {
+    return remembered_plan(problem, device, index);
+  };
+  return run_gemm(call, index, choose, kPrefetchOp, {}, next_weights(next_packed));
 }
 
 Tensor gemm_tile_cuda_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, int64_t group_size,
@@ -184,6 +204,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_marlin, CUDA, m) {
   m.impl("unpack_24_weights", TORCH_BOX(&sparse_marlin::unpack_cuda_op));
   m.impl("sparse_marlin_gemm", TORCH_BOX(&sparse_marlin::gemm_cuda_op));
   m.impl("sparse_marlin_gemm_low_rank", TORCH_BOX(&sparse_marlin::gemm_low_rank_cuda_op));
+  m.impl("sparse_marlin_gemm_prefetch", TORCH_BOX(&sparse_marlin::gemm_prefetch_cuda_op));
   m.impl("import_marlin_24", TORCH_BOX(&sparse_marlin::import_cuda_op));
   m.impl("export_marlin_24", TORCH_BOX(&sparse_marlin::export_cuda_op));
   m.impl("_sparse_marlin_gemm_tile", TORCH_BOX(&sparse_marlin::gemm_tile_cuda_op));

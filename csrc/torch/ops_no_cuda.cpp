@@ -37,6 +37,13 @@ Tensor gemm_low_rank_no_cuda(const Tensor& a, const Tensor& weight_packed, const
            {kLowRankOp, "weight_packed", weight_packed},
            {kLowRankOp, "a", a}});
 }
+Tensor gemm_prefetch_no_cuda(const Tensor& a, const Tensor& weight_packed, const Tensor& scales,
+                             const Tensor& next_packed, int64_t, int64_t, const std::optional<Tensor>&) {
+  no_cuda({{kPrefetchOp, "next_packed", next_packed},
+           {kPrefetchOp, "scales", scales},
+           {kPrefetchOp, "weight_packed", weight_packed},
+           {kPrefetchOp, "a", a}});
+}
 Tensor import_no_cuda(const Tensor& packed, const Tensor& meta, int64_t) {
   no_cuda({{kImportOp, "meta", meta}, {kImportOp, "packed", packed}});
 }
@@ -52,6 +59,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_marlin, CUDA, m) {
   m.impl("unpack_24_weights", TORCH_BOX(&sparse_marlin::unpack_no_cuda));
   m.impl("sparse_marlin_gemm", TORCH_BOX(&sparse_marlin::gemm_no_cuda));
   m.impl("sparse_marlin_gemm_low_rank", TORCH_BOX(&sparse_marlin::gemm_low_rank_no_cuda));
+  m.impl("sparse_marlin_gemm_prefetch", TORCH_BOX(&sparse_marlin::gemm_prefetch_no_cuda));
   m.impl("import_marlin_24", TORCH_BOX(&sparse_marlin::import_no_cuda));
   m.impl("export_marlin_24", TORCH_BOX(&sparse_marlin::export_no_cuda));
 }

@@ -11,6 +11,7 @@ from .compress import compress
 from .info import info
 from .linear import SparseMarlinLinear
 from .ops import pack_24_weights, sparse_marlin_gemm, unpack_24_weights
+from .prefetch import disable_prefetch, enable_prefetch
 from .replace import replace_linears
 from .report import ConversionReport
 
@@ -21,6 +22,8 @@ __all__ = [
     "SparseMarlinLinear",
     "__version__",
     "compress",
+    "disable_prefetch",
+    "enable_prefetch",
     "from_pretrained",
     "info",
     "legacy",

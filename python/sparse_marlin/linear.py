@@ -53,6 +53,7 @@ class SparseMarlinLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self._following: tuple[SparseMarlinLinear, ...] = ()  # in a tuple, or it would be a submodule
         dtype = dtype or torch.get_default_dtype()
         _check_geometry(type(self).__name__, in_features, out_features, group_size, num_bits)
         if dtype not in SCALE_DTYPES:
@@ -105,9 +106,27 @@ class SparseMarlinLinear(nn.Module):
             return torch.ops.sparse_marlin.sparse_marlin_gemm_low_rank(
                 x, self.weight_packed, self.scales, down, up, self.group_size, self.num_bits, self.bias
             )
+        if not torch.jit.is_scripting():
+            following = self._following_weight()
+            if following is not None and following.device == x.device:
+                return torch.ops.sparse_marlin.sparse_marlin_gemm_prefetch(
+                    x, self.weight_packed, self.scales, following, self.group_size, self.num_bits, self.bias
+                )
         return torch.ops.sparse_marlin.sparse_marlin_gemm(
             x, self.weight_packed, self.scales, self.group_size, self.num_bits, self.bias
         )
+
+    @torch.jit.unused
+    def _following_weight(self) -> torch.Tensor | None:
+        """The packed weight that is read after this one, where `enable_prefetch` has said which that is."""
+        return self._following[0].weight_packed if self._following else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of one layer must not be a copy of all that follow it.
+        return {**super().__getstate__(), "_following": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_following": (), **state})
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, group_size: int = 128, num_bits: int = 4) -> "SparseMarlinLinear":

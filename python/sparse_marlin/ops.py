@@ -18,6 +18,7 @@ __all__ = [
     "pack_24_weights",
     "sparse_marlin_gemm",
     "sparse_marlin_gemm_low_rank",
+    "sparse_marlin_gemm_prefetch",
     "unpack_24_weights",
 ]
 
@@ -116,6 +117,36 @@ def sparse_marlin_gemm_low_rank(
     return _ops.sparse_marlin_gemm_low_rank(a, weight_packed, scales, down, up, group_size, num_bits, bias)
 
 
+def sparse_marlin_gemm_prefetch(
+    a: Tensor,
+    weight_packed: Tensor,
+    scales: Tensor,
+    next_packed: Tensor,
+    group_size: int = 128,
+    num_bits: int = 4,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`sparse_marlin_gemm`, told which packed weight the multiplication after it reads.
+
+    A hint: the result is the same, bit for bit. On a GPU of compute capability 9.0 with few tokens (where the decode
+    kernel runs), the first 8 MiB of that weight are brought into L2 from when the last bytes of `weight_packed` are
+    asked for, so that memory does not rest while this multiplication ends and whatever lies between the two runs.
+    Where little lies between, less is better: give the first rows of the weight, `weight[:rows]`. Elsewhere nothing is
+    done about it.
+
+    Args:
+        next_packed: int32, 2-D, on the device of `a`: from `pack_24_weights`, of any N, K and number of bits.
+        others: as those of `sparse_marlin_gemm`.
+
+    Returns:
+        As `sparse_marlin_gemm`. Differentiable with respect to `a` and `bias`.
+
+    Raises:
+        RuntimeError: as `sparse_marlin_gemm`; wrong dtype, dimensions or device of `next_packed`.
+    """
+    return _ops.sparse_marlin_gemm_prefetch(a, weight_packed, scales, next_packed, group_size, num_bits, bias)
+
+
 def dequantize_24(
     weight_packed: Tensor, scales: Tensor, size_k: int, group_size: int = 128, num_bits: int = 4
 ) -> Tensor:
@@ -169,6 +200,19 @@ def _(
     bias: Tensor | None = None,
 ) -> Tensor:
     return a.new_empty(_gemm_shape(a, scales))
+
+
+@torch.library.register_fake("sparse_marlin::sparse_marlin_gemm_prefetch")
+def _(
+    a: Tensor,
+    weight_packed: Tensor,
+    scales: Tensor,
+    next_packed: Tensor,
+    group_size: int = 128,
+    num_bits: int = 4,
+    bias: Tensor | None = None,
+) -> Tensor:
+    return a.new_empty(_gemm_shape(a, scales, "sparse_marlin_gemm_prefetch"))
 
 
 @torch.library.register_fake("sparse_marlin::_sparse_marlin_gemm_tile")
@@ -298,6 +342,29 @@ def _autograd_kernel(
 
 _library.impl("sparse_marlin_gemm", _autograd_kernel, "Autograd", with_keyset=True)
 
+_prefetch = _ops.sparse_marlin_gemm_prefetch.default
+
+
+def _prefetch_autograd_kernel(
+    keyset: Any,
+    a: Tensor,
+    weight_packed: Tensor,
+    scales: Tensor,
+    next_packed: Tensor,
+    group_size: int = 128,
+    num_bits: int = 4,
+    bias: Tensor | None = None,
+) -> Tensor:
+    needs_grad = a.requires_grad or (bias is not None and bias.requires_grad)
+    if (torch.is_grad_enabled() and needs_grad) or forward_ad._current_level >= 0:
+        return _ops.sparse_marlin_gemm(a, weight_packed, scales, group_size, num_bits, bias)  # which has gradients
+    return _prefetch.redispatch(
+        keyset & _after_autograd, a, weight_packed, scales, next_packed, group_size, num_bits, bias
+    )
+
+
+_library.impl("sparse_marlin_gemm_prefetch", _prefetch_autograd_kernel, "Autograd", with_keyset=True)
+
 _low_rank = _ops.sparse_marlin_gemm_low_rank.default
 
 
@@ -347,6 +414,6 @@ def _autocast_kernel(name: str, device_type: str, key: str) -> None:
     _library.impl(name, kernel, key)
 
 
-for _name in ("sparse_marlin_gemm", "sparse_marlin_gemm_low_rank"):
+for _name in ("sparse_marlin_gemm", "sparse_marlin_gemm_low_rank", "sparse_marlin_gemm_prefetch"):
     _autocast_kernel(_name, "cpu", "AutocastCPU")
     _autocast_kernel(_name, "cuda", "AutocastCUDA")

@@ -1,5 +1,5 @@
-// Bulk copies (PTX ISA, "cp.async.bulk" and "cp.async.bulk.tensor"): one thread moves a run of bytes, or a box of a tensor that a map
-// describes, between global and shared memory.
+// Bulk copies (PTX ISA, "cp.async.bulk" and "cp.async.bulk.tensor"): one thread brings a run of bytes, or a box of a tensor that a map
+// describes, from global into shared memory, or into L2.
 #pragma once
 #include <cuda.h>
 
@@ -20,6 +20,10 @@ __device__ __forceinline__ void bulk_load(uint32_t dst, const void* src, uint32_
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
                "l"(src), "r"(bytes), "r"(barrier)
                : "memory");
+}
+// The same into L2 alone. Nothing waits for it.
+__device__ __forceinline__ void bulk_prefetch(const void* src, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(bytes) : "memory");
 }
 // The box at (x, y) of a matrix; what lies outside the matrix arrives as zeros. Bytes count towards `barrier`.
 __device__ __forceinline__ void tensor_load(uint32_t dst, const CUtensorMap* map, int x, int y, uint32_t barrier) {

@@ -112,6 +112,8 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
                             {kActBytes, int64_t{n} * kActBytes, 0},
                             {kTile.block_n(), chunk_scale_rows(kTile, group_size), 1},
                             false});
+  args.next = {reinterpret_cast<const char*>(words.data()), static_cast<uint32_t>(emulated::random() % 4000 * 16)};
+  ptx::prefetched.clear();
   int clusters = splits > 1 ? args.start.tiles : std::min(args.start.tiles, num_sms * kTile.blocks);
   if (kLowRank) {
     char* base = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(workspace.data()) + 255) / 256 * 256);
@@ -142,6 +144,13 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
   // blocks that project use a plain pointer to shared memory, and nothing of their cluster
   for (int i = 0; i < args.low.lead; ++i) ASSERT_NO_THROW(run(i, 1));
   for (int i = args.low.lead_clusters; i < clusters; ++i) ASSERT_NO_THROW(run(i, splits));
+
+  int64_t asked = 0;
+  for (const auto& [start, bytes] : ptx::prefetched) {
+    EXPECT_EQ(start, args.next.start + asked) << "what comes next is asked for once, without gaps";
+    asked += bytes;
+  }
+  EXPECT_EQ(asked, args.next.bytes);
 
   double error = 0, size = 0;
   for (int i = 0; i < m; ++i) {

@@ -18,6 +18,12 @@ inline void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t ba
     arrived(barrier, bytes);
   });
 }
+inline std::map<const char*, uint32_t> prefetched;
+inline void bulk_prefetch(const void* src, uint32_t bytes) {
+  emulated::check(bytes > 0 && bytes % 16 == 0 && reinterpret_cast<uintptr_t>(src) % 16 == 0,
+                  "a bulk copy is of multiples of 16 bytes");
+  emulated::check(prefetched.emplace(static_cast<const char*>(src), bytes).second, "prefetched twice");
+}
 inline void tensor_load_3d(uint32_t dst, const CUtensorMap* map, int x, int y, int z, uint32_t barrier) {
   emulated::TensorMap m;
   std::memcpy(&m, map, sizeof(m));
