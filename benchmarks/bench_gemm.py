@@ -45,6 +45,7 @@ from timing import (
     machine,
     positive_ints,
     sparse_tflops,
+    tile_name,
 )
 from weights import check_rows, random_packed, random_scales
 
@@ -201,7 +202,7 @@ class Case:
             "tflops": flops / us / 1e6,
             "tb_per_s": moved / us / 1e6,
             "floor_fraction": max(moved / bandwidth, flops / sparse_tflops() / 1e6) / us,
-            "tile": f"{tile.kernel} {tile.block_m}x{tile.block_n} share {tile.share} splits {plan.splits}",
+            "tile": f"{tile_name(tile)} splits {plan.splits}",
         }
         for name in (PLAIN, *self.peers):
             if name in times:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from timing import copy_bandwidth, full_precision_sums, graph_us, machine, positive_ints
+from timing import copy_bandwidth, full_precision_sums, graph_us, machine, positive_ints, tile_name
 from weights import check_rows, random_packed, random_scales
 
 from sparse_marlin import _core, testing
@@ -164,7 +164,6 @@ class Chain:
                 times[name] += [us * len(LINEARS) for us in graph_us(call, self.length)]
         median = {name: statistics.median(values) for name, values in times.items()}
         plans = {name: self.plan(tokens, name) for name in LINEARS}
-        tiles = {name: _core.TILES[plan.tile] for name, plan in plans.items()}
         return {
             "m": tokens,
             **{f"{name}_us": value for name, value in median.items()},
@@ -174,9 +173,7 @@ class Chain:
             "told_speedup": median["cublas"] / median["told"],
             "floor_fraction": self.bytes_read() / bandwidth / min(median["dependent"], median["told"]),
             "plans": {
-                name: f"{tiles[name].block_m}x{tiles[name].block_n} {tiles[name].kernel} share {tiles[name].share} "
-                f"splits {plan.splits}"
-                for name, plan in plans.items()
+                name: f"{tile_name(_core.TILES[plan.tile])} splits {plan.splits}" for name, plan in plans.items()
             },
         }
 

@@ -43,7 +43,7 @@ import torch
 from peer_base import LeftOut
 from peers_torch import CuSparseLt, prune_24
 from plan_report import report
-from timing import ROTATED_BYTES, Recorded, Recorder, full_precision_sums, machine
+from timing import ROTATED_BYTES, Recorded, Recorder, full_precision_sums, machine, tile_name
 from weights import random_scales, random_slices
 
 from sparse_marlin import _core
@@ -256,10 +256,9 @@ class Sweep:
         for plan in plans[1:]:
             error = (self.last_rows(run(plan, 0)) - wanted).norm()
             if not bool(error <= tolerance):  # NaN, too
-                tile = _core.TILES[plan.tile]
                 raise AssertionError(
-                    f"tile {plan.tile} ({tile.block_m}x{tile.block_n} {tile.kernel} share {tile.share}) splits "
-                    f"{plan.splits}: differs from the chosen plan by {float(error / wanted.norm()):.2e}"
+                    f"tile {plan.tile} ({tile_name(_core.TILES[plan.tile])}) splits {plan.splits}: "
+                    f"differs from the chosen plan by {float(error / wanted.norm()):.2e}"
                 )
 
     @staticmethod
@@ -294,7 +293,7 @@ def result_of(
         "factor": args.factor,
         "most": args.most,
         "plan_columns": ["tile", "splits", "predicted_us", "us", "dependent_us", "plain_us"],  # the chosen plan first
-        "tiles": [f"{t.block_m}x{t.block_n} {t.kernel} share {t.share}" for t in _core.TILES],
+        "tiles": [tile_name(tile) for tile in _core.TILES],
         "problems": rows,
     }
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from plan_report import GOOD
 from scipy.optimize import least_squares
+from timing import tile_name
 
 from sparse_marlin import _core
 
@@ -111,7 +112,7 @@ def load(paths: list[Path]) -> tuple[list[dict[int, Samples]], list[dict[str, ob
     """Samples by tile, and the problems; every file must have been measured with the tiles compiled in."""
     rows: list[dict[str, object]] = []
     columns: dict[int, list[tuple[object, ...]]] = defaultdict(list)
-    tiles = [f"{t.block_m}x{t.block_n} {t.kernel} share {t.share}" for t in _core.TILES]
+    tiles = [tile_name(tile) for tile in _core.TILES]
     for path in paths:
         result = json.loads(path.read_text())
         number = {
@@ -225,7 +226,8 @@ def write(constants: list[np.ndarray], source: str) -> None:
     body = ""
     for tile, values in zip(_core.TILES, constants, strict=True):
         body += f"    {{{', '.join(f'{v:.4g}' for v in values)}}},  "
-        body += f"// {tile.kernel} {tile.block_m} x {tile.block_n}" + (", 2 share\n" if tile.share > 1 else "\n")
+        body += f"// {tile.kernel} {tile.block_m} x {tile.block_n}"
+        body += (", 2 teams" if tile.teams > 1 else "") + (", 2 share\n" if tile.share > 1 else "\n")
     TABLE.write_text(text[:head] + body + text[tail:])
     subprocess.run(["clang-format", "-i", str(TABLE)], check=True)
     print(f"{TABLE.relative_to(ROOT)}: from {source}")
@@ -234,8 +236,7 @@ def write(constants: list[np.ndarray], source: str) -> None:
 def report(constants: list[np.ndarray], samples: dict[int, Samples], rows: list[dict[str, object]]) -> None:
     choices: dict[int, list[tuple[float, float, str]]] = defaultdict(list)
     for tile, s in samples.items():
-        name = f"{_core.TILES[tile].kernel} {_core.TILES[tile].block_m}x{_core.TILES[tile].block_n}"
-        name += f" share {_core.TILES[tile].share}"
+        name = tile_name(_core.TILES[tile])
         for problem, splits, us, guess in zip(s.problem, s.splits, s.us, predicted(constants[tile], s), strict=True):
             choices[problem].append((guess, us, f"{name} splits {splits}"))
     found = []

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import sparse_marlin
+from sparse_marlin import _core
 from sparse_marlin.info import planner_device
 
 ROTATED_BYTES = 250e6  # of weights that a graph walks through: more than the last-level cache of any GPU keeps
@@ -25,6 +26,12 @@ WGMMA_SP_TFLOPS, MMA_SP_TFLOPS = 1380.0, 940.0
 def copies(size: int) -> int:
     """How many weights of `size` bytes a graph rotates through."""
     return max(2, min(MAX_COPIES, math.ceil(ROTATED_BYTES / size)))
+
+
+def tile_name(tile: _core.Tile) -> str:
+    """As results of benchmarks name it."""
+    teams = f" teams {tile.teams}" if tile.teams > 1 else ""
+    return f"{tile.block_m}x{tile.block_n} {tile.kernel} share {tile.share}{teams}"
 
 
 def positive_ints(text: str) -> list[int]:

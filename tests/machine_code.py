@@ -58,9 +58,9 @@ def multiplications(code: Code) -> list[int]:
     return [i for i, each in enumerate(code) if each.name == MULTIPLY]
 
 
-def main_loop(code: Code) -> list[int]:
-    """The instructions of the innermost loop with a multiplication, wherever they stand: ptxas moves waits out of line.
-    A loop is what reaches a branch back without passing through the branch's target."""
+def main_loops(code: Code) -> list[list[int]]:
+    """The instructions of the innermost loops with a multiplication, wherever they stand: ptxas moves waits aside.
+    A loop is what reaches a branch back without passing through the branch's target. Each team of consumers has one."""
     before: list[list[int]] = [[] for _ in code]
     for i, after in enumerate(successors(code)):
         for j in after:
@@ -80,13 +80,20 @@ def main_loop(code: Code) -> list[int]:
             if i not in body:
                 body.add(i)
                 left += before[i]
-        loops.append(sorted(body))
-    assert loops, "no loop contains a multiplication"
-    return min(loops, key=len)
+        loops.append(body)
+    innermost: list[list[int]] = []
+    for i in all_multiplications:
+        around = [body for body in loops if i in body]
+        if around and sorted(min(around, key=len)) not in innermost:
+            innermost.append(sorted(min(around, key=len)))
+    assert innermost, "no loop contains a multiplication"
+    return innermost
 
 
 def loop_faults(code: Code) -> list[str]:
-    loop = main_loop(code)
+    # A loop around others, as that over output tiles, is no main loop: what stands in it alone is outside.
+    smallest = [body for body in main_loops(code) if not any(set(b) < set(body) for b in main_loops(code))]
+    loop = sorted({i for body in smallest for i in body})
     outside = set(multiplications(code)) - set(loop)
     faults = [f"multiplication outside the main loop: {code[i]}" for i in sorted(outside)]
     return faults + [f"{KEPT_OUT[code[i].name]}: {code[i]}" for i in loop if code[i].name in KEPT_OUT]
@@ -112,6 +119,19 @@ def written(each: Instruction) -> range:
     if "128" in parts or each.name in ("LDSM", "HMMA", "IMMA"):
         width = 4
     return range(int(first[1]), int(first[1]) + width)
+
+
+def read(each: Instruction) -> set[int]:
+    """The registers that an instruction reads; where the width is in doubt too many, as in written()."""
+    operands = each.operands.split(", ")
+    parts = set(each.opcode.split("."))
+    width = 4 if "128" in parts else 2 if {"64", "WIDE"} & parts or each.name in ("DADD", "DMUL", "DFMA") else 1
+    found = set()
+    for operand in operands[1:] if written(each) else operands:
+        of_operand = width if "[" not in operand else 2 if ".64" in operand else 1  # an address is one register or two
+        for number in re.findall(r"\bR(\d+)", operand):
+            found |= set(range(int(number), int(number) + of_operand))
+    return found
 
 
 class Operands(NamedTuple):
@@ -163,14 +183,17 @@ def unfinished(code: Code) -> dict[int, dict[int, int]]:
 
 
 def overwritten(code: Code) -> list[str]:
-    """Writes to registers of unfinished multiplications. Two multiplications may share sums: they run in order."""
+    """Writes to registers of unfinished multiplications, and reads of their sums. Two multiplications may share sums,
+    since they run in order."""
     faults = []
     for i, pending in sorted(unfinished(code).items()):
-        target = written(code[i])
+        target, source = set(written(code[i])), read(code[i])
         for m in sorted(pending):
             for kind, registers in operands_of(code[m])._asdict().items():
                 if kind == "sums" and code[i].name == MULTIPLY:
                     continue
-                if set(target) & set(registers):
+                if target & set(registers):
                     faults.append(f"{kind} of an unfinished multiplication: {code[i]}, of {code[m]}")
+                elif kind == "sums" and source & set(registers):
+                    faults.append(f"sums read of an unfinished multiplication: {code[i]}, of {code[m]}")
     return faults

@@ -79,11 +79,14 @@ class Way(NamedTuple):
     block_n: int
     share: int
     splits: int
+    teams: int = 1
 
     @property
     def tile(self) -> int:
-        wanted = tuple(self[:4])
-        return next(i for i, t in enumerate(_core.TILES) if (t.kernel, t.block_m, t.block_n, t.share) == wanted)
+        wanted = (*self[:4], self.teams)
+        return next(
+            i for i, t in enumerate(_core.TILES) if (t.kernel, t.block_m, t.block_n, t.share, t.teams) == wanted
+        )
 
     def __str__(self) -> str:
         return "-".join(map(str, self))
@@ -97,6 +100,11 @@ HOPPER_WAYS = [
     Way("sm90", 128, 128, 1, 5),
     Way("sm90", 128, 256, 2, 1),
     Way("sm90", 176, 256, 1, 1),
+    Way("sm90", 96, 128, 1, 3),
+    Way("sm90", 160, 256, 2, 1),
+    Way("sm90", 32, 128, 1, 3, teams=2),
+    Way("sm90", 48, 128, 2, 1, teams=2),
+    Way("sm90", 64, 128, 1, 1, teams=2),
     Way("sm90", 32, 128, 1, -2),
     Way("sm90", 64, 256, 1, -1),
     Way("sm90", 128, 256, 1, -1),

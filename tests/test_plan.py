@@ -59,7 +59,7 @@ def test_every_plan_can_run(name):
             assert 1 <= plan.grid <= device.num_sms * -plan.splits, text
             assert plan.workspace_bytes >= 4 * plan.grid * tile.block_m * tile.block_n, text
             continue
-        if tile.kernel != "sm80" and plan.splits == 1:  # persistent: at most what the GPU holds at once
+        if tile.kernel != "sm80" and plan.splits == tile.teams == 1:  # persistent: at most what the GPU holds at once
             tiles = min(tiles, device.num_sms * tile.blocks // tile.share)
         assert plan.grid == tiles * tile.share * plan.splits, text
         assert tile.share * plan.splits <= {"sm80": 16, "sm90": 8, "decode": 8}[tile.kernel], text

@@ -27,7 +27,7 @@ struct ExchangeSm90 {
     return {consumer, splits, bytes,
             consumer.smem + consumer.warpgroup * bytes + threadIdx.x % kWarpgroupThreads * uint32_t{sizeof(float4)}};
   }
-  __device__ __forceinline__ uint32_t split_bytes() const { return kTile.consumers * consumer_bytes; }
+  __device__ __forceinline__ uint32_t split_bytes() const { return kTile.team_size() * consumer_bytes; }
 
   // Of chunk c, the thread's vector i.
   static __device__ __forceinline__ float4 vector(const Sums& sums, int c, int i) {

@@ -1,10 +1,13 @@
 // The Hopper kernel (wgmma.sp, compute capability 9.0) as an outline: roles, pipeline, epilogue. Persistent: a cluster of blocks
-// walks over output tiles until none is left; where k is split over the cluster, it does one.
+// walks over output tiles until none is left; where k is split over the cluster or over teams of
+// consumers, it does one.
 #pragma once
 #include "device/epilogue_sm90.cuh"
 #include "device/exchange_sm90.cuh"
 #include "device/mainloop_sm90.cuh"
+#include "device/producer_sm90.cuh"
 #include "device/ranges_sm90.cuh"
+#include "device/teams_sm90.cuh"
 
 namespace sparse_marlin::device {
 
@@ -51,8 +54,11 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
     }
   } else {
     ptx::registers_acquire<kTile.consumer_registers()>();
-    const Consumer consumer{pipeline, Consumer::lane_place(pipeline, warpgroup), warpgroup};
-    const End end{args, smem + Pipeline::kSmem.staging + warpgroup * Pipeline::kSmem.staging_bytes, warpgroup};
+    // the same in all lanes of a warp, which the compiler learns from the shuffle
+    const int team = kTile.teams > 1 ? __shfl_sync(~0u, warpgroup / kTile.team_size(), 0) : 0;
+    const int member = warpgroup - team * kTile.team_size();
+    const Consumer consumer{pipeline, Consumer::lane_place(pipeline, member), member};
+    const End end{args, smem + Pipeline::kSmem.staging + member * Pipeline::kSmem.staging_bytes, member};
     end.fetch_arguments();
     ptx::grid_dependency_wait();  // the output may still be in use by the kernel before
     typename Consumer::Sums sums;
@@ -60,8 +66,17 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
     typename Pipeline::Place place{0, 0};
     for (int tile = pipeline.first_tile(); tile < pipeline.tiles(); tile = pipeline.next_tile(tile)) {
       const BlockWork work = pipeline.work(tile);
-      consumer.run(sums, weights, work, place);
-      const int feature0 = pipeline.feature0(work) + warpgroup * Consumer::kPanels * format::kTileRows;
+      if constexpr (kTile.teams > 1) {
+        if (team > 0) {
+          consumer.template run<1>(sums, weights, work, place);
+          TeamsSm90<Consumer, kTile>{consumer}.give(sums);
+          if (splits > 1) ptx::cluster_meet();  // the first team's exchange
+          continue;
+        }
+      }
+      consumer.template run<0>(sums, weights, work, place);
+      if constexpr (kTile.teams > 1) TeamsSm90<Consumer, kTile>{consumer}.take(sums);
+      const int feature0 = pipeline.feature0(work) + member * Consumer::kPanels * format::kTileRows;
       if constexpr (kTile.may_split()) {
         if (splits > 1) {
           const Exchange exchange = Exchange::of(consumer, splits);

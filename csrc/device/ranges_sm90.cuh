@@ -46,7 +46,7 @@ struct RangesSm90 {
     const int tile = pipeline.first_of_range();
     if (tile == pipeline.tiles() || !pipeline.continues(tile)) return;
 #pragma unroll 1
-    for (int warpgroup = 0; warpgroup < kTile.consumers; ++warpgroup) {
+    for (int warpgroup = 0; warpgroup < kTile.team_size(); ++warpgroup) {
       ptx::named_barrier(kFirstBarrier + warpgroup, kBarrierThreads);
       if (ptx::elect_one()) ptx::flag_raise(pipeline.range_flag(pipeline.range(), warpgroup), pipeline.args.token);
     }
@@ -56,7 +56,7 @@ struct RangesSm90 {
   // where they end need not be known: a `place` that went through these branches would cost the main loop its uniform registers.
   __device__ __forceinline__ void take(Sums& sums, int tile, Place place) const {
     consumer.for_each_later_range(tile, [&](int) {
-      for (int owner = 0; owner < kTile.consumers; ++owner) {
+      for (int owner = 0; owner < kTile.team_size(); ++owner) {
 #pragma unroll
         for (int b = 0; b < kTile.panels; ++b) {
           ptx::mbarrier_wait(consumer.full(place.stage), place.parity);

@@ -99,6 +99,10 @@ void build_stream_k(Candidate& c, const Problem& problem, const Device& device, 
     c.rejected = "no stream-K with blocks that share activations";
     return;
   }
+  if (tile.size().teams > 1) {
+    c.rejected = "no stream-K with teams";
+    return;
+  }
   if (tiles == 0) {
     c.rejected = "no output";
     return;
@@ -148,8 +152,13 @@ void build_sm90(Candidate& c, const Problem& problem, const Device& device, int 
     c.rejected = "no room to exchange the sums of " + std::to_string(splits) + " splits";
     return;
   }
-  // without splits a cluster walks over tiles; with them it does one, since the exchange takes the place of the stages
-  const int64_t clusters = splits > 1 ? tiles : std::min<int64_t>(tiles, device.num_sms * shape.blocks() / cluster);
+  if (format::col_tiles(problem.k) / splits < shape.teams) {
+    c.rejected = "a team without a column tile";
+    return;
+  }
+  // A cluster walks over tiles. With splits it does one, since the exchange takes the place of the stages, and so do teams.
+  const bool one = splits > 1 || shape.teams > 1;
+  const int64_t clusters = one ? tiles : std::min<int64_t>(tiles, device.num_sms * shape.blocks() / cluster);
   p.grid = clusters * cluster;
   if (p.grid > kMaxGrid) {
     c.rejected = "grid of " + std::to_string(p.grid) + " blocks";
@@ -273,8 +282,8 @@ std::string tile_text(int tile) {
   }
   if (family(tile) == Family::kSm90) {
     const ShapeSm90& t = tile_sm90(tile).size();
-    std::snprintf(text, sizeof(text), "%3d tokens x %3d features, wgmma.sp, %d x %d panels, %d share", t.block_m,
-                  t.block_n(), t.consumers, t.panels, tile_sm90(tile).share);
+    std::snprintf(text, sizeof(text), "%3d tokens x %3d features, wgmma.sp, %d x %d panels, %d teams, %d share",
+                  t.block_m, t.block_n(), t.team_size(), t.panels, t.teams, tile_sm90(tile).share);
     return text;
   }
   const Tile& t = kTiles[tile];

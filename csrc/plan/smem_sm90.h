@@ -3,6 +3,7 @@
 //   acts      [stage][half][token][64 columns], 128-byte swizzled
 //   weights   [stage] of { row tiles of packed weights | scales [rows][block_n] }
 //   staging   [consumer][slot][token of a pass][64 features], 128-byte swizzled: the output on its way to global memory
+//   team sums [consumer of a team][features and tokens], float32: what the second team gives to the first
 //   barriers  [stage] full, then [stage] empty, then received: where k is split, the sums that the block owns
 // Where k is split over a cluster, its sums are exchanged in the bytes of acts and weights, once these are done with.
 #pragma once
@@ -38,6 +39,7 @@ struct SmemSm90 {
   int stages;
   int weights;  // offsets
   int staging;
+  int team_sums;
   int full;
   int empty;
   int received;
@@ -69,8 +71,9 @@ constexpr SmemSm90 smem_sm90(const ShapeSm90& t, int num_bits, ScaleMode mode) {
   s.weights_bytes = t.row_tiles() * s.tile_bytes + s.scales_bytes;
   s.pass_tokens = pass_tokens(t.block_m);
   s.pass_bytes = s.pass_tokens * kSwizzleRowBytes;
-  const int slot = t.consumers * s.pass_bytes;
-  const int fixed = (2 * kMaxStagesSm90 + 1) * kBarrierBytes + 2 * kSwizzleAlign;
+  const int slot = t.team_size() * s.pass_bytes;
+  const int team_sums = (t.teams - 1) * t.block_m * t.block_n() * static_cast<int>(sizeof(float));
+  const int fixed = (2 * kMaxStagesSm90 + 1) * kBarrierBytes + 2 * kSwizzleAlign + team_sums;
   s.stages = std::min(kMaxStagesSm90, (max_smem(t) - fixed - slot) / (s.acts_bytes + s.weights_bytes));
   // a slot for every pass of a tile, as far as stages leave room: a pass then need not wait until another has left
   s.slots = std::min(t.panels * passes(t.block_m),
@@ -78,7 +81,8 @@ constexpr SmemSm90 smem_sm90(const ShapeSm90& t, int num_bits, ScaleMode mode) {
   s.staging_bytes = s.slots * s.pass_bytes;
   s.weights = s.stages * s.acts_bytes;
   s.staging = round_up(s.weights + s.stages * s.weights_bytes, kSwizzleAlign);
-  s.full = s.staging + t.consumers * s.staging_bytes;
+  s.team_sums = s.staging + t.team_size() * s.staging_bytes;
+  s.full = s.team_sums + team_sums;
   s.empty = s.full + s.stages * kBarrierBytes;
   s.received = s.empty + s.stages * kBarrierBytes;
   s.size = s.received + kBarrierBytes + kSwizzleAlign;
@@ -94,11 +98,11 @@ constexpr int owned_chunks(const ShapeSm90& t, int splits, int rank = 0) {
   return (consumer_chunks(t) - rank + splits - 1) / splits;
 }
 constexpr int exchange_bytes(const ShapeSm90& t, int splits) {
-  return splits * t.consumers * owned_chunks(t, splits) * kChunkBytes;
+  return splits * t.team_size() * owned_chunks(t, splits) * kChunkBytes;
 }
 // What the others send to block `rank`.
 constexpr int received_bytes(const ShapeSm90& t, int splits, int rank) {
-  return (splits - 1) * t.consumers * owned_chunks(t, splits, rank) * kChunkBytes;
+  return (splits - 1) * t.team_size() * owned_chunks(t, splits, rank) * kChunkBytes;
 }
 
 constexpr bool fits_sm90() {

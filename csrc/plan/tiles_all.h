@@ -26,6 +26,8 @@ constexpr const TileDecode& tile_decode(int tile) { return kTilesDecode[tile_dec
 
 // Blocks along features that share activations.
 constexpr int share(int tile) { return family(tile) == Family::kSm90 ? tile_sm90(tile).share : 1; }
+// Of a block of the Hopper kernel, which take its column tiles in turn.
+constexpr int teams(int tile) { return family(tile) == Family::kSm90 ? tile_sm90(tile).size().teams : 1; }
 constexpr int block_m(int tile) {
   return family(tile) == Family::kSm80   ? kTiles[tile].block_m
          : family(tile) == Family::kSm90 ? tile_sm90(tile).size().block_m

@@ -21,8 +21,10 @@ struct ShapeSm90 {
   int block_m;
   int consumers;
   int panels;
+  int teams = 1;  // of consumers, which take the column tiles in turn and add their sums at the end
 
-  constexpr int row_tiles() const { return consumers * panels; }  // 64-row tiles of the packed weight
+  constexpr int team_size() const { return consumers / teams; }
+  constexpr int row_tiles() const { return team_size() * panels; }  // 64-row tiles of the packed weight
   constexpr int block_n() const { return row_tiles() * format::kTileRows; }
   constexpr int threads() const { return (consumers + 1) * kWarpgroupThreads; }
   // The largest tile is for many tokens, where nothing has to be split, and its sums leave no registers to exchange them.
@@ -32,17 +34,20 @@ struct ShapeSm90 {
   // The producer hands registers to the consumers; multiples of 8, and together no more than the block was launched with.
   constexpr int launch_registers() const { return blocks() == 2 ? 80 : consumers == 2 ? 168 : 96; }
   constexpr int producer_registers() const {
-    return blocks() == 2 ? 24 : consumers == 4 ? 32 : block_m * panels > 256 ? 24 : 40;
+    return blocks() == 2 || consumers == 4 ? 32 : block_m * panels > 256 ? 24 : 40;
   }
   constexpr int consumer_registers() const {
     return blocks() == 2 ? 104 : consumers == 4 ? 112 : block_m * panels > 256 ? 240 : 232;
   }
 };
 
-// With few tokens four consumers hide each other's latency; with many, two keep more sums in registers.
+// With few tokens four consumers hide each other's latency; with many, two keep more sums in registers. Where there are few features, too,
+// the four are two teams, which share out k.
 inline constexpr std::array kShapesSm90{
-    ShapeSm90{16, 4, 1}, ShapeSm90{32, 2, 1},  ShapeSm90{32, 4, 1},  ShapeSm90{64, 2, 1},  ShapeSm90{64, 4, 1},
-    ShapeSm90{96, 2, 2}, ShapeSm90{128, 2, 1}, ShapeSm90{128, 2, 2}, ShapeSm90{176, 2, 2},
+    ShapeSm90{16, 4, 1},    ShapeSm90{32, 2, 1},    ShapeSm90{32, 4, 1},    ShapeSm90{48, 2, 1},  ShapeSm90{64, 2, 1},
+    ShapeSm90{64, 4, 1},    ShapeSm90{96, 2, 1},    ShapeSm90{96, 2, 2},    ShapeSm90{128, 2, 1}, ShapeSm90{128, 2, 2},
+    ShapeSm90{144, 2, 2},   ShapeSm90{160, 2, 2},   ShapeSm90{176, 2, 2},  //
+    ShapeSm90{32, 4, 1, 2}, ShapeSm90{48, 4, 1, 2}, ShapeSm90{64, 4, 1, 2},
 };
 
 constexpr bool valid_shape(const ShapeSm90& t) {

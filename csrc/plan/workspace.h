@@ -24,7 +24,7 @@ constexpr int64_t range_sums_bytes(const ShapeSm90& shape) {
   return int64_t{shape.block_m} * shape.block_n() * int64_t{sizeof(float)};
 }
 constexpr int64_t stream_bytes(const ShapeSm90& shape, int64_t blocks) {
-  return blocks * (range_sums_bytes(shape) + shape.consumers * int64_t{sizeof(uint64_t)});
+  return blocks * (range_sums_bytes(shape) + shape.team_size() * int64_t{sizeof(uint64_t)});
 }
 
 struct Workspace {  // bytes from the start of the workspace

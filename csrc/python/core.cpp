@@ -55,6 +55,7 @@ struct AnyTile {
   int block_m;
   int block_n;
   int share;
+  int teams;
   int threads;
   int blocks;
 };
@@ -62,7 +63,7 @@ struct AnyTile {
 std::vector<AnyTile> all_tiles() {
   std::vector<AnyTile> all;
   for (int i = 0; i < kNumTiles; ++i)
-    all.push_back({family_name(family(i)), block_m(i), block_n(i), share(i), threads(i), blocks(i)});
+    all.push_back({family_name(family(i)), block_m(i), block_n(i), share(i), teams(i), threads(i), blocks(i)});
   return all;
 }
 
@@ -175,12 +176,13 @@ void bind_structs(py::module_& m) {
       .def_readonly("predicted_us", &Plan::predicted_us)
       .def("__repr__", &text);
   py::class_<AnyTile>(m, "Tile",
-                      "block_m tokens x block_n features; share: blocks along features that share activations; blocks: "
-                      "that an SM may hold at once.")
+                      "block_m tokens x block_n features; share: blocks along features that share activations; teams: "
+                      "of warpgroups, that share out k; blocks: that an SM may hold at once.")
       .def_readonly("kernel", &AnyTile::kernel)
       .def_readonly("block_m", &AnyTile::block_m)
       .def_readonly("block_n", &AnyTile::block_n)
       .def_readonly("share", &AnyTile::share)
+      .def_readonly("teams", &AnyTile::teams)
       .def_readonly("threads", &AnyTile::threads)
       .def_readonly("blocks", &AnyTile::blocks);
 }
