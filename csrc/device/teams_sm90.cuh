@@ -25,6 +25,8 @@ struct TeamsSm90 {
                                                    __float_as_uint(v[3])});
     }
     meet();
+    // To no purpose but this: a warp that ends right behind a barrier makes synccheck see divergence in those that are slower to leave it.
+    ptx::named_barrier(taken(), kThreads);
   }
   __device__ __forceinline__ void take(Sums& sums) const {
     meet();
@@ -38,6 +40,7 @@ struct TeamsSm90 {
       to[2] += __uint_as_float(v.z);
       to[3] += __uint_as_float(v.w);
     }
+    ptx::named_barrier_arrive(taken(), kThreads);
   }
 
  private:
@@ -46,11 +49,12 @@ struct TeamsSm90 {
     return consumer.smem + Consumer::kSmem.team_sums + consumer.warpgroup * kVectors * kVectorBytes +
            threadIdx.x % kWarpgroupThreads * uint32_t{sizeof(float4)};
   }
-  // The warpgroups that have the same features.
+  // The warpgroups that have the same features; barriers after the epilogues'.
+  static constexpr int kThreads = kTile.teams * kWarpgroupThreads;
   __device__ __forceinline__ void meet() const {
-    constexpr int kFirstBarrier = 1 + kTile.team_size();  // after the epilogues'
-    ptx::named_barrier(kFirstBarrier + consumer.warpgroup, kTile.teams * kWarpgroupThreads);
+    ptx::named_barrier(1 + kTile.team_size() + consumer.warpgroup, kThreads);
   }
+  __device__ __forceinline__ int taken() const { return 1 + 2 * kTile.team_size() + consumer.warpgroup; }
 };
 
 }  // namespace sparse_marlin::device
