@@ -1,4 +1,5 @@
-// Two teams of consumers, each with every other column tile: the second one's sums go to the first through shared memory. A block of teams
+// Two teams of consumers, each with every other column tile: the second one's sums go to the first through shared memory. (By a barrier of
+// shared memory: behind a named one synccheck saw divergence, inferred because warps end right behind it.) A block of teams
 // has one output tile, so this happens once.
 #pragma once
 #include "device/mainloop_sm90.cuh"
@@ -24,12 +25,11 @@ struct TeamsSm90 {
       ptx::store_shared_v4(to + i * kVectorBytes, {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
                                                    __float_as_uint(v[3])});
     }
-    meet();
-    // To no purpose but this: a warp that ends right behind a barrier makes synccheck see divergence in those that are slower to leave it.
-    ptx::named_barrier(taken(), kThreads);
+    __syncwarp();
+    if (ptx::elect_one()) ptx::mbarrier_arrive(consumer.team_full(consumer.warpgroup));
   }
   __device__ __forceinline__ void take(Sums& sums) const {
-    meet();
+    ptx::mbarrier_wait(consumer.team_full(consumer.warpgroup), 0);
     const uint32_t from = place();
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
@@ -40,7 +40,6 @@ struct TeamsSm90 {
       to[2] += __uint_as_float(v.z);
       to[3] += __uint_as_float(v.w);
     }
-    ptx::named_barrier_arrive(taken(), kThreads);
   }
 
  private:
@@ -49,12 +48,6 @@ struct TeamsSm90 {
     return consumer.smem + Consumer::kSmem.team_sums + consumer.warpgroup * kVectors * kVectorBytes +
            threadIdx.x % kWarpgroupThreads * uint32_t{sizeof(float4)};
   }
-  // The warpgroups that have the same features; barriers after the epilogues'.
-  static constexpr int kThreads = kTile.teams * kWarpgroupThreads;
-  __device__ __forceinline__ void meet() const {
-    ptx::named_barrier(1 + kTile.team_size() + consumer.warpgroup, kThreads);
-  }
-  __device__ __forceinline__ int taken() const { return 1 + 2 * kTile.team_size() + consumer.warpgroup; }
 };
 
 }  // namespace sparse_marlin::device

@@ -4,7 +4,8 @@
 //   weights   [stage] of { row tiles of packed weights | scales [rows][block_n] }
 //   staging   [consumer][slot][token of a pass][64 features], 128-byte swizzled: the output on its way to global memory
 //   team sums [consumer of a team][features and tokens], float32: what the second team gives to the first
-//   barriers  [stage] full, then [stage] empty, then received: where k is split, the sums that the block owns
+//   barriers  [stage] full, then [stage] empty, then received: where k is split, the sums that the block owns; then, of the second team's
+//             consumers, whether their sums are there
 // Where k is split over a cluster, its sums are exchanged in the bytes of acts and weights, once these are done with.
 #pragma once
 #include <algorithm>
@@ -43,6 +44,7 @@ struct SmemSm90 {
   int full;
   int empty;
   int received;
+  int team_full;
   int size;  // with room to align the start
 };
 
@@ -73,7 +75,7 @@ constexpr SmemSm90 smem_sm90(const ShapeSm90& t, int num_bits, ScaleMode mode) {
   s.pass_bytes = s.pass_tokens * kSwizzleRowBytes;
   const int slot = t.team_size() * s.pass_bytes;
   const int team_sums = (t.teams - 1) * t.block_m * t.block_n() * static_cast<int>(sizeof(float));
-  const int fixed = (2 * kMaxStagesSm90 + 1) * kBarrierBytes + 2 * kSwizzleAlign + team_sums;
+  const int fixed = (2 * kMaxStagesSm90 + 1 + t.team_size()) * kBarrierBytes + 2 * kSwizzleAlign + team_sums;
   s.stages = std::min(kMaxStagesSm90, (max_smem(t) - fixed - slot) / (s.acts_bytes + s.weights_bytes));
   // a slot for every pass of a tile, as far as stages leave room: a pass then need not wait until another has left
   s.slots = std::min(t.panels * passes(t.block_m),
@@ -85,7 +87,8 @@ constexpr SmemSm90 smem_sm90(const ShapeSm90& t, int num_bits, ScaleMode mode) {
   s.full = s.team_sums + team_sums;
   s.empty = s.full + s.stages * kBarrierBytes;
   s.received = s.empty + s.stages * kBarrierBytes;
-  s.size = s.received + kBarrierBytes + kSwizzleAlign;
+  s.team_full = s.received + kBarrierBytes;
+  s.size = s.team_full + t.team_size() * kBarrierBytes + kSwizzleAlign;
   return s;
 }
 
