@@ -123,10 +123,9 @@ GemmCall gemm_call(const Tensor& a, const Tensor& weight_packed, const Tensor& s
 }
 
 LowRankCall low_rank_call(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, const Tensor& down,
-                          const Tensor& up, int64_t group_size, int64_t num_bits, const std::optional<Tensor>& bias,
-                          const char* op) {
-  const Arg acts{op, "a", a}, first{op, "down", down}, second{op, "up", up};
-  LowRankCall call{gemm_call(a, weight_packed, scales, group_size, num_bits, bias, op), down, up};
+                          const Tensor& up, int64_t group_size, int64_t num_bits, const std::optional<Tensor>& bias) {
+  const Arg acts{kLowRankOp, "a", a}, first{kLowRankOp, "down", down}, second{kLowRankOp, "up", up};
+  LowRankCall call{gemm_call(a, weight_packed, scales, group_size, num_bits, bias, kLowRankOp), down, up};
   for (const Arg* arg : {&first, &second}) {
     expect_tensor(*arg);
     expect_device_of(*arg, acts);
@@ -136,7 +135,7 @@ LowRankCall low_rank_call(const Tensor& a, const Tensor& weight_packed, const Te
   expect_dims(first, 2, "[rank, K]");
   const int64_t rank = down.size(0);
   expect_shape(first, {rank, k}, [=] { return "(rank, K) for K=" + std::to_string(k); });
-  if (rank < 1) fail(op, "down", "a rank (first dimension) of at least 1", std::to_string(rank));
+  if (rank < 1) fail(kLowRankOp, "down", "a rank (first dimension) of at least 1", std::to_string(rank));
   expect_shape(second, {n, rank}, [=] {
     return "(N, rank) for N=" + std::to_string(n) + " and the rank of down, " + std::to_string(rank);
   });

@@ -62,8 +62,7 @@ struct ExportCall {
 GemmCall gemm_call(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, int64_t group_size,
                    int64_t num_bits, const std::optional<Tensor>& bias, const char* op = kGemmOp);
 LowRankCall low_rank_call(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, const Tensor& down,
-                          const Tensor& up, int64_t group_size, int64_t num_bits, const std::optional<Tensor>& bias,
-                          const char* op = kLowRankOp);
+                          const Tensor& up, int64_t group_size, int64_t num_bits, const std::optional<Tensor>& bias);
 // Throws where `next_packed` cannot be what the multiplication after that of `a` reads.
 void expect_next(const Tensor& next_packed, const Tensor& a);
 PackCall pack_call(const Tensor& weight, const Tensor& scales, int64_t group_size, int64_t num_bits);
