@@ -81,19 +81,14 @@ def main_loops(code: Code) -> list[list[int]]:
                 body.add(i)
                 left += before[i]
         loops.append(body)
-    innermost: list[list[int]] = []
-    for i in all_multiplications:
-        around = [body for body in loops if i in body]
-        if around and sorted(min(around, key=len)) not in innermost:
-            innermost.append(sorted(min(around, key=len)))
+    # a loop around another one, as that over output tiles, is no main loop
+    innermost = [sorted(body) for body in loops if not any(other < body for other in loops)]
     assert innermost, "no loop contains a multiplication"
     return innermost
 
 
 def loop_faults(code: Code) -> list[str]:
-    # A loop around others, as that over output tiles, is no main loop: what stands in it alone is outside.
-    smallest = [body for body in main_loops(code) if not any(set(b) < set(body) for b in main_loops(code))]
-    loop = sorted({i for body in smallest for i in body})
+    loop = sorted({i for body in main_loops(code) for i in body})
     outside = set(multiplications(code)) - set(loop)
     faults = [f"multiplication outside the main loop: {code[i]}" for i in sorted(outside)]
     return faults + [f"{KEPT_OUT[code[i].name]}: {code[i]}" for i in loop if code[i].name in KEPT_OUT]

@@ -224,6 +224,15 @@ def test_a_layer_with_two_followers_has_none():
     assert (model.up._following, model.down._following, model.head._following) == ((model.down,), (), (model.up,))
 
 
+def test_a_layer_with_a_correction_has_none():
+    model = Block()
+    up, x = model.up, smt.activations(2, 128, dtype=torch.float16)
+    factors = smt.activations(192, 8, dtype=torch.float16), smt.activations(8, 128, dtype=torch.float16)
+    model.up = SparseMarlinLinear.from_codes(up.codes(), up.scales, group_size=64, correction=factors)
+    assert sparse_marlin.enable_prefetch(model, lambda: model(x)) == 1
+    assert (model.up._following, model.down._following) == ((), (model.head,))
+
+
 def test_nothing_changes_where_the_run_fails():
     model = Block()
     x = smt.activations(2, 128, dtype=torch.float16)
@@ -234,6 +243,8 @@ def test_nothing_changes_where_the_run_fails():
         sparse_marlin.enable_prefetch(model, lambda: None)
     with pytest.raises(TypeError, match=r"^enable_prefetch: model: expected torch\.nn\.Module, got list"):
         sparse_marlin.enable_prefetch([model], lambda: model(x))
+    with pytest.raises(TypeError, match=r"^disable_prefetch: model: expected torch\.nn\.Module, got list"):
+        sparse_marlin.disable_prefetch([model])
     assert called(model, x)[1] == [HINTED, HINTED, PLAIN]
     assert not any(m._forward_pre_hooks for m in model.modules())
 
@@ -247,7 +258,9 @@ def test_torchscript_leaves_the_hint_out(device):
     file.seek(0)
     loaded = torch.jit.load(file)
     assert torch.equal(loaded(x), model(x))
-    assert not any(NAME in str(m.forward.graph) for m in (loaded.up, loaded.down))
+    for layer in (loaded.up, loaded.down):
+        assert f"sparse_marlin::{PLAIN}(" in str(layer.forward.graph)
+        assert NAME not in str(layer.forward.graph)
 
 
 def test_compiled_and_exported_models_keep_the_hint(device):

@@ -1,6 +1,6 @@
-// Two teams of consumers, each with every other column tile: the second one's sums go to the first through shared memory. (By a barrier of
-// shared memory: behind a named one synccheck saw divergence, inferred because warps end right behind it.) A block of teams
-// has one output tile, so this happens once.
+// Two teams of consumers, each with every other column tile: the second one's sums go to the first through shared memory. A block of teams
+// has one output tile, so this happens once. A barrier in shared memory says that they are there, not a named one: behind that synccheck saw
+// divergence (inferred: because warps end right behind it).
 #pragma once
 #include "device/mainloop_sm90.cuh"
 #include "device/ptx/global.cuh"

@@ -69,8 +69,7 @@ void stream(Effort& e, const Plan& plan, double tiles, double col_tiles, double 
   const double blocks = static_cast<double>(plan.grid), blocks_an_sm = -plan.splits;
   const double rounds = tiles > blocks ? std::floor(tiles / blocks) - 1 : 0;
   const double range = (tiles - rounds * blocks) * col_tiles / blocks;
-  const double at_once = cols_at_once(plan.tile);
-  e.turns = rounds * ceil_div(col_tiles, at_once) + ceil_div(range, at_once);
+  e.turns = rounds * col_tiles + std::ceil(range);
   e.full_waves = 0;
   e.last_wave = blocks_an_sm;
   e.crowding = std::clamp(2 * blocks / (sms * e.resident) - 1, 0.0, 1.0);
@@ -138,8 +137,8 @@ Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
   const double block_acts = acts / m * std::min<double>(m, block_m(plan.tile));
   const double again = plan.splits < 0 ? read_again(device, plan, tiles_m, tiles_n, block_acts, block_weights) : 0;
   e.dram_us = (weights + acts + out + again) / (dram_bytes_per_us_sm(device) * sms);
-  const double shares = plan.splits < 0 ? e.last_wave * e.turns * cols_at_once(plan.tile) / col_tiles
-                                        : e.tiles / splits;  // of a tile's k, of an SM
+  const double shares =
+      plan.splits < 0 ? e.last_wave * e.turns / col_tiles : e.tiles / splits;  // of a tile's k, of an SM
   e.l2_us = shares * (block_weights + block_acts) / kL2BytesPerUsSm;
   if (portable && plan.splits > 1)
     e.reduce_us = 2 * m * problem.n * sizeof(float) * plan.splits / (kReduceBytesPerUsSm * sms);
