@@ -23,7 +23,10 @@ SHAPES = {
     "8B o": (4096, 4096),
     "8B gate_up": (28672, 4096),
     "8B down": (4096, 14336),
+    "70B qkv": (10240, 8192),
+    "70B o": (8192, 8192),
     "70B gate_up": (57344, 8192),
+    "70B down": (8192, 28672),
 }
 ROTATED_BYTES = 200e6
 
@@ -63,6 +66,12 @@ def main() -> None:
             rows.append({"shape": name, "tokens": tokens, "plain_us": plain, "corrected_us": corrected, "more": share})
             how = f"tile {plan.tile}, {plan.splits} splits, {plan.lead} blocks project" if plan.rank else "two products"
             print(f"{name:12} M={tokens:<3} {plain:7.2f} us -> {corrected:7.2f} us  ({share:+.0%})  {how}", flush=True)
+    for model in dict.fromkeys(name.split()[0] for name in SHAPES):
+        for tokens in options.tokens:
+            of_layer = [row for row in rows if row["shape"].split()[0] == model and row["tokens"] == tokens]
+            plain, corrected = (sum(row[key] for row in of_layer) for key in ("plain_us", "corrected_us"))
+            more = f"({corrected / plain - 1:+.0%})"
+            print(f"{model} four linears M={tokens:<3} {plain:7.2f} us -> {corrected:7.2f} us  {more}")
     if options.json:
         about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rank": options.rank}
         options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")

@@ -11,10 +11,12 @@ tokens. They come in rounds of one problem for each number of tokens, the shape 
 of seconds (set-up not counted) or --problems end the run, small and large ones are represented alike.
 
 Candidates are the plans predicted within --factor of the best prediction, at most --most of them, and beside them the
-best three of every kernel that are within 3. Each is a CUDA graph of about a millisecond, its weights rotated through
-more than 250 MB (the activations are not); the graphs of a problem are replayed in turn. Where another plan seems
-better than the chosen one, both are timed again, longer, in turn, and these times count. The regret is the chosen
-plan's time over the best one's, minus 1. Outputs of all candidates of a problem are compared with the chosen plan's.
+best three of every kernel that are within 3; tiles that share activations are left out, as the planner does. Each is a
+CUDA graph of about a millisecond, its weights rotated through more than 250 MB (the activations are not); the graphs of
+a problem are replayed in turn. Where other plans seem nearly as good as the best one, these and the chosen one are
+timed again, longer, in turn, with a rest before each where they draw much power, and these times count: the least of
+many short measurements is more luck than merit. The regret is the chosen plan's time over the best one's, minus 1.
+Outputs of all candidates of a problem are compared with the chosen plan's.
 
 A short multiplication is timed in a row with dependent launch and as a plain launch, and the geometric mean of both is
 the plan's time: the planner does not know what runs before, and a plan that is good in a chain of our kernels need not
@@ -71,8 +73,9 @@ CUSPARSELT_LAUNCHES = 32  # of which each takes the host 10 ms
 ROUNDS = 3
 LONG_US, LONG_ROUNDS = 2000.0, 2
 BOTH_MODES_US = 100.0  # longer ones do not feel how they were launched
-CONFIRM_ABOVE = 0.01  # regret from which chosen and best are timed again
+CONFIRM_WITHIN = 0.08  # of the best plan's time: plans that are timed again
 CONFIRM_ROUNDS = 7
+CONFIRM_REST_US, CONFIRM_REST = 200.0, 0.02  # plans that draw as much power as there is: seconds of rest before each
 POOL_BYTES = 1 << 30  # at least
 COMPARED_ELEMENTS = 1 << 22
 WRITE_SECONDS = 10.0  # between two writings of what was measured so far
@@ -119,10 +122,12 @@ def candidates(problem: _core.Problem, device: _core.Device, factor: float, most
     """The chosen plan first."""
     chosen = _core.plan(problem, device)
     plans = []
-    for tile in range(len(_core.TILES)):
+    for number, tile in enumerate(_core.TILES):
+        if tile.share > 1:  # the planner leaves them out, too
+            continue
         for splits in SPLITS:
             try:
-                plans.append(_core.plan_with_tile(problem, device, tile, splits))
+                plans.append(_core.plan_with_tile(problem, device, number, splits))
             except ValueError:  # tile and splits do not fit the problem
                 continue
     plans.sort(key=lambda plan: plan.predicted_us)
@@ -231,9 +236,7 @@ class Sweep:
             for name, call in others.items()
         ]
         times = self.times(graphs, ROUNDS if plans[0].predicted_us < LONG_US else LONG_ROUNDS)
-        best = min(range(len(plans)), key=lambda i: middle(times[i]))
-        if middle(times[0]) > (1 + CONFIRM_ABOVE) * middle(times[best]):
-            times[0], times[best] = self.times([graphs[0], graphs[best]], CONFIRM_ROUNDS)
+        self.confirm(graphs[: len(plans)], times)
         medians = [middle(of_modes) for of_modes in times]
         row: dict[str, object] = {"shape": shape.name, "m": tokens, "n": shape.n, "k": shape.k}
         row |= {f"{name}_us": round(us, 3) for name, us in zip(others, medians[len(plans) :], strict=True)}
@@ -244,10 +247,24 @@ class Sweep:
         ]
         return row
 
-    def times(self, graphs: list[list[Recorded]], rounds: int) -> list[list[list[float]]]:
+    def times(self, graphs: list[list[Recorded]], rounds: int, rest: float = 0.0) -> list[list[list[float]]]:
         """Of every contestant and mode."""
-        flat = iter(self.recorder.times([graph for of_modes in graphs for graph in of_modes], rounds))
+        flat = iter(self.recorder.times([graph for of_modes in graphs for graph in of_modes], rounds, rest))
         return [[next(flat) for _ in of_modes] for of_modes in graphs]
+
+    def confirm(self, graphs: list[list[Recorded]], times: list[list[list[float]]]) -> None:
+        """Times the chosen plan (the first) and those near the best one again, until the best is one of these."""
+        again: set[int] = set()
+        while True:
+            limit = (1 + CONFIRM_WITHIN) * min(middle(times[i]) for i in range(len(graphs)))
+            near = {i for i in range(len(graphs)) if i == 0 or middle(times[i]) <= limit}
+            if near <= again or near == {0}:
+                return
+            again |= near
+            order, rest = sorted(again), CONFIRM_REST if limit > CONFIRM_REST_US else 0.0
+            longer = self.times([graphs[i] for i in order], CONFIRM_ROUNDS, rest)
+            for i, of_modes in zip(order, longer, strict=True):
+                times[i] = of_modes
 
     def compare(self, plans: list[_core.Plan], run: Callable[[_core.Plan, int], torch.Tensor]) -> None:
         """No candidate is timed whose result differs by more than roundings do. Loads the kernels, too."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import random
 import shlex
 import statistics
 import subprocess
@@ -99,15 +100,19 @@ class Recorder:
         return Recorded(graph, launches)
 
     def times(self, recorded: Sequence[Recorded], rounds: int, rest: float = 0.0) -> list[list[float]]:
-        """Microseconds of one call, of each graph in each round; one more round comes first. The graphs take turns.
+        """Microseconds of one call, of each graph in each round; one more round comes first. The graphs take turns, in
+        an order of each round's own, so that none always comes after the same one.
 
         `rest` is so many seconds of an idle GPU before each replay: kernels that run at the limit of power slow down
         whatever comes after them.
         """
         marks: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in recorded]
+        order = list(zip(recorded, marks, strict=True))
+        draw = random.Random(0)
         with torch.cuda.stream(self.stream):
             for turn in range(rounds + 1):
-                for one, events in zip(recorded, marks, strict=True):
+                draw.shuffle(order)
+                for one, events in order:
                     if rest > 0 and turn > 0:
                         self.stream.synchronize()
                         time.sleep(rest)
