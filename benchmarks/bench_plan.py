@@ -2,6 +2,7 @@
 
     python benchmarks/bench_plan.py --out benchmarks/results/plan.json
     python benchmarks/bench_plan.py --budget 300 --problems 1000 --cublas
+    python benchmarks/bench_plan.py --rank 64 --out benchmarks/results/plan_rank64.json  # with a low-rank correction
     python benchmarks/bench_plan.py --budget 240 --chosen-only --cublas --cusparselt
     python benchmarks/bench_plan.py --budget 240 --chosen-only --cublas --cusparselt --resume --out part.json
     python benchmarks/bench_plan.py --report benchmarks/results/plan.json  # prints an earlier result; needs no GPU
@@ -21,6 +22,9 @@ Outputs of all candidates of a problem are compared with the chosen plan's.
 A short multiplication is timed in a row with dependent launch and as a plain launch, and the geometric mean of both is
 the plan's time: the planner does not know what runs before, and a plan that is good in a chain of our kernels need not
 be good after a kernel that ends before ours may start.
+
+--rank looks at plans that add a low-rank correction of that rank in the same launch, for the numbers of tokens that
+they take.
 
 --resume goes on where --out ends, for a sweep that needs more time than one run has: the same GPU and the same
 arguments are expected.
@@ -64,6 +68,8 @@ MODELS = {
 }
 WORLD_SIZES = (1, 2, 4, 8)
 TOKENS = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384]
+LOW_RANK_TOKENS = [1, 2, 4, 6, 8, 12, 16]
+FACTOR_DEVIATION = 0.05
 SMALLEST = 512  # features of either side
 SPLITS = (-2, -1, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 BEST_OF_KERNEL, FACTOR_OF_KERNEL = 3, 3.0
@@ -105,37 +111,46 @@ def shapes() -> list[Shape]:
     return list(found.values())
 
 
-def problems(count: int, models: list[str]) -> list[tuple[int, Shape]]:
+def problems(count: int, models: list[str], rank: int) -> list[tuple[int, Shape]]:
     """(tokens, shape), in rounds of one problem for each number of tokens; the same ones in every run."""
+    tokens = LOW_RANK_TOKENS if rank else TOKENS
     draw = random.Random(0)
     wanted = [shape for shape in shapes() if not models or any(shape.name.startswith(model) for model in models)]
     if models:
         wanted = [shape for shape in wanted if " / " not in shape.name]
-    decks = {m: draw.sample(wanted, len(wanted)) for m in TOKENS}
-    rounds = [[(m, decks[m][i]) for m in TOKENS] for i in range(len(wanted))]
+    decks = {m: draw.sample(wanted, len(wanted)) for m in tokens}
+    rounds = [[(m, decks[m][i]) for m in tokens] for i in range(len(wanted))]
     for one in rounds:
         draw.shuffle(one)
     return [problem for one in rounds for problem in one][:count]
 
 
-def candidates(problem: _core.Problem, device: _core.Device, factor: float, most: int) -> list[_core.Plan]:
-    """The chosen plan first."""
-    chosen = _core.plan(problem, device)
-    plans = []
+def chosen_plan(problem: _core.Problem, device: _core.Device, rank: int) -> _core.Plan:
+    return _core.plan_low_rank(problem, device, rank) if rank else _core.plan(problem, device)
+
+
+def candidates(problem: _core.Problem, device: _core.Device, rank: int, factor: float, most: int) -> list[_core.Plan]:
+    """The chosen plan first, unless that leaves a correction to two products."""
+    chosen = chosen_plan(problem, device, rank)
+    first, plans = [chosen] if chosen.rank == rank else [], []
     for number, tile in enumerate(_core.TILES):
         if tile.share > 1:  # the planner leaves them out, too
             continue
         for splits in SPLITS:
             try:
-                plans.append(_core.plan_with_tile(problem, device, number, splits))
+                if rank:
+                    plan = _core.plan_low_rank_with_tile(problem, device, rank, number, splits)
+                else:
+                    plan = _core.plan_with_tile(problem, device, number, splits)
             except ValueError:  # tile and splits do not fit the problem
                 continue
+            plans.append(plan)
     plans.sort(key=lambda plan: plan.predicted_us)
     taken = [plan for plan in plans if plan.predicted_us <= factor * plans[0].predicted_us][:most]
     possible = [plan for plan in plans if plan.predicted_us <= FACTOR_OF_KERNEL * plans[0].predicted_us]
     for kernel in sorted({tile.kernel for tile in _core.TILES}):
         taken += [plan for plan in possible if _core.TILES[plan.tile].kernel == kernel][:BEST_OF_KERNEL]
-    unique = {(plan.tile, plan.splits): plan for plan in [chosen, *taken]}
+    unique = {(plan.tile, plan.splits): plan for plan in [*first, *taken]}
     return list(unique.values())
 
 
@@ -151,6 +166,9 @@ class Pools:
         self.slices = random_slices(words // slice_words, args.num_bits)
         size = max(needed, largest if args.cublas or args.cusparselt else 0)
         self.values = torch.randn(size, device="cuda", dtype=self.dtype)
+        if args.rank:  # small values of their own: products with themselves would overflow float16
+            most = max(args.rank * (shape.k + shape.n) * self.copies(shape) for shape in shapes())
+            self.small = torch.randn(most, device="cuda", dtype=self.dtype).mul_(FACTOR_DEVIATION)
         if args.cusparselt:  # whatever the shape, K is a multiple of 4: one pattern serves all
             row = 1 << 13
             self.pruned = prune_24(self.values[: size // row * row].clone().view(-1, row)).view(-1)
@@ -162,10 +180,12 @@ class Pools:
     def packed(self, shape: Shape) -> list[torch.Tensor]:
         """Different weights that together exceed the caches, as far as the pool reaches; at least one."""
         packed_shape = _core.packed_shape(shape.n, shape.k, self.args.num_bits)
+        count = self.packed_words(shape) // self.slices.shape[1]
+        return [self.slices[i * count : (i + 1) * count].view(packed_shape) for i in range(self.copies(shape))]
+
+    def copies(self, shape: Shape) -> int:
         words = self.packed_words(shape)
-        count = words // self.slices.shape[1]
-        copies = min(int(ROTATED_BYTES / (4 * words)) + 1, self.slices.shape[0] // count)
-        return [self.slices[i * count : (i + 1) * count].view(packed_shape) for i in range(copies)]
+        return min(int(ROTATED_BYTES / (4 * words)) + 1, self.slices.numel() // words)
 
     def dense(self, shape: Shape, pool: torch.Tensor) -> list[torch.Tensor]:
         size = shape.n * shape.k
@@ -174,6 +194,14 @@ class Pools:
 
     def acts(self, tokens: int, k: int) -> torch.Tensor:
         return self.values[: tokens * k].view(tokens, k)
+
+    def factors(self, shape: Shape, rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """down [rank, K] and up [N, rank] for every packed weight."""
+        size = rank * (shape.k + shape.n)
+        parts = self.small[: self.copies(shape) * size].view(-1, size)
+        return [
+            (part[: rank * shape.k].view(rank, shape.k), part[rank * shape.k :].view(shape.n, rank)) for part in parts
+        ]
 
 
 class Sweep:
@@ -212,18 +240,22 @@ class Sweep:
         args = self.args
         problem = _core.Problem(tokens, shape.n, shape.k, args.group_size, args.num_bits, args.dtype)
         if args.chosen_only:
-            plans = [_core.plan(problem, self.device)]
+            plans = [chosen_plan(problem, self.device, args.rank)]
         else:
-            plans = candidates(problem, self.device, args.factor, args.most)
+            plans = candidates(problem, self.device, args.rank, args.factor, args.most)
         a, packed = self.pools.acts(tokens, shape.k), self.pools.packed(shape)
         scales = random_scales(shape.n, shape.k, args.group_size, args.num_bits, self.pools.dtype)
-        gemm = torch.ops.sparse_marlin._sparse_marlin_gemm_tile
+        factors = self.pools.factors(shape, args.rank) if args.rank else []
+        gemm, corrected = (
+            torch.ops.sparse_marlin._sparse_marlin_gemm_tile,
+            torch.ops.sparse_marlin._sparse_marlin_gemm_low_rank_by,
+        )
 
         def run(plan: _core.Plan, i: int, dependent: bool = True) -> torch.Tensor:
-            weights = packed[i % len(packed)]
-            return gemm(
-                a, weights, scales, args.group_size, args.num_bits, None, plan.tile, plan.splits, dependent=dependent
-            )
+            weights, how = packed[i % len(packed)], (args.group_size, args.num_bits, None, plan.tile, plan.splits)
+            if plan.rank:
+                return corrected(a, weights, scales, *factors[i % len(factors)], *how, dependent=dependent)
+            return gemm(a, weights, scales, *how, dependent=dependent)
 
         self.compare(plans, run)
         others = self.others(a, shape)
@@ -322,9 +354,11 @@ def kept(
     if not args.resume or not args.out.exists():
         return [], {}
     before = json.loads(args.out.read_text())
-    for key in ("gpu", "dtype", "num_bits", "group_size"):
-        if before[key] != here[key]:
-            raise SystemExit(f"--resume: {key}: expected {here[key]}, as in this run, got {before[key]} in {args.out}")
+    for key in ("gpu", "dtype", "num_bits", "group_size", "rank"):
+        if before.get(key, 0) != here[key]:
+            raise SystemExit(
+                f"--resume: {key}: expected {here[key]}, as in this run, got {before.get(key)} in {args.out}"
+            )
     for flag, given in (
         ("--cublas", args.cublas),
         ("--cusparselt", args.cusparselt),
@@ -344,6 +378,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--num-bits", type=int, choices=(4, 8), default=4)
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=0, help="with a low-rank correction")
     parser.add_argument("--budget", type=float, default=90.0, help="seconds of measuring, without set-up")
     parser.add_argument("--problems", type=int, default=330, help="at most so many")
     parser.add_argument("--models", nargs="+", default=[], choices=list(MODELS), help="only these, and no slices")
@@ -364,13 +399,19 @@ def main() -> int:
         parser.error("--resume: expected --out, the file to go on with")
     torch.manual_seed(0)
     full_precision_sums()
-    wanted = problems(args.problems, args.models)
-    here = {**machine(), "dtype": args.dtype, "num_bits": args.num_bits, "group_size": args.group_size}
+    wanted = problems(args.problems, args.models, args.rank)
+    here = {
+        **machine(),
+        "dtype": args.dtype,
+        "num_bits": args.num_bits,
+        "group_size": args.group_size,
+        "rank": args.rank,
+    }
     rows, left_out = kept(args, here, wanted)
     failure = ""
     with torch.inference_mode():
         sweep = Sweep(args)
-        sweep.measure(256, shapes()[0])  # warms up
+        sweep.measure(LOW_RANK_TOKENS[-1] if args.rank else 256, shapes()[0])  # warms up
         for name, of_name in left_out.items():
             for reason, places in of_name.items():
                 sweep.left_out.reasons[name][reason] += places

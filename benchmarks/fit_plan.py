@@ -37,6 +37,7 @@ NAMES = (
     "turn",
     "turn_block",
     "tile",
+    "dram",
     "l2",
     "power",
     "exchange",
@@ -44,16 +45,16 @@ NAMES = (
     "stream",
     "stream_part",
 )
-START = (1.5, 0.3, 0.2, 0.1, 0.2, 1.0, 3.0, 1.0, 0.2, 2.0, 0.5)
+START = (1.5, 0.3, 0.2, 0.1, 0.2, 1.0, 1.0, 3.0, 1.0, 0.2, 2.0, 0.5)
 SMALLEST, LARGEST = 1e-4, 50.0
-LOWEST = {"power": 1.2, "launch": 0.2, "turn": 0.01, "turn_block": 0.01}
-HIGHEST = {"power": 8.0, "l2": 3.0}
+LOWEST = {"power": 1.2, "dram": 0.7, "launch": 0.2, "turn": 0.01, "turn_block": 0.01}
+HIGHEST = {"power": 8.0, "dram": 2.0, "l2": 3.0}
 # Of the distance from the kernel's constants, in units of the error that a measurement may have.
 HOLD, KERNEL_HOLD = 0.02, 0.02
 SHARPNESS = 15.0  # a plan 1 / 15 slower than the best one weighs half
 # Of the second step: how much slower a plan is predicted that is chosen a third as often, the weight of the distance
 # from the first step's constants, Adam's steps and their size.
-BLUR, REFINED_HOLD, STEPS, STEP = 0.03, 0.5, 200, 0.01
+BLUR, REFINED_HOLD, STEPS, STEP = 0.025, 0.03, 1000, 0.01
 HBM3_GB_PER_S = 3352.0  # where a result does not say
 
 
@@ -80,37 +81,54 @@ EFFORT = (
     "full_waves",
     "resident",
     "last_wave",
-    "crowding",
+    "tiles",
     "dram_us",
     "l2_us",
+    "range_turns",
+    "range_tiles",
+    "range_dram_us",
+    "range_l2_us",
+    "crowding",
     "exchanges",
-    "tiles",
     "streams",
     "parts",
     "reduce_us",
 )
+POWERS = ("turns", "tiles", "dram_us", "l2_us", "range_turns", "range_tiles", "range_dram_us", "range_l2_us")
+LEAST = 1e-9  # their powers have no gradient at 0
 
 
 def predicted(constants: Any, s: Samples) -> Any:
     """csrc/plan/cost.cpp, for all plans at once, arrays or tensors; constants for all, or a column for each plan."""
-    launch, crowding, turn, turn_block, tile, l2, power, exchange, exchange_split, stream, stream_part = constants
+    launch, crowding, turn, turn_block, tile, dram, l2, power, exchange, exchange_split, stream, stream_part = constants
     e = s.effort
     waves = e["full_waves"] * (turn + turn_block * e["resident"])
     waves = waves + (e["last_wave"] > 0) * (turn + turn_block * e["last_wave"])
-    work = e["turns"] * waves + tile * e["tiles"]
-    total = (work**power + e["dram_us"] ** power + (l2 * e["l2_us"]) ** power) ** (1 / power)
+
+    def phase(name: str) -> Any:
+        work = e[name + "turns"] * waves + tile * e[name + "tiles"]
+        memory = (dram * e[name + "dram_us"]) ** power + (l2 * e[name + "l2_us"]) ** power
+        return (work**power + memory) ** (1 / power)
+
     return (
         launch
         + crowding * e["crowding"]
-        + total
+        + phase("")
+        + phase("range_")
         + e["exchanges"] * (exchange + exchange_split * s.splits)
         + e["streams"] * (stream + stream_part * e["parts"])
         + e["reduce_us"]
     )
 
 
+# Rows of the table: the tiles, then those that add a low-rank correction.
+LOW_RANK = [i for i, tile in enumerate(_core.TILES) if tile.kernel == "decode"]
+TILES = [*_core.TILES, *(_core.TILES[i] for i in LOW_RANK)]
+KERNELS = [*(tile.kernel for tile in _core.TILES), *("low rank" for _ in LOW_RANK)]
+
+
 def load(paths: list[Path]) -> tuple[list[dict[int, Samples]], list[dict[str, object]]]:
-    """Samples by tile, and the problems; every file must have been measured with the tiles compiled in."""
+    """Samples by row of the table, and the problems. Tiles that share activations are left out, as the planner does."""
     rows: list[dict[str, object]] = []
     columns: dict[int, list[tuple[object, ...]]] = defaultdict(list)
     tiles = [tile_name(tile) for tile in _core.TILES]
@@ -119,11 +137,12 @@ def load(paths: list[Path]) -> tuple[list[dict[int, Samples]], list[dict[str, ob
         number = {
             i: tiles.index(name) + result["tiles"][:i].count(name)
             for i, name in enumerate(result["tiles"])
-            if name in tiles and _core.TILES[tiles.index(name)].share == 1  # the planner leaves the others out
+            if name in tiles and _core.TILES[tiles.index(name)].share == 1
         }
         device = _core.Device(
             90, result["num_sms"], 227 << 10, 228 << 10, 50 << 20, result.get("dram_gb_per_s", HBM3_GB_PER_S)
         )
+        rank = result.get("rank", 0)
         for row in result["problems"]:
             problem = _core.Problem(
                 row["m"], row["n"], row["k"], result["group_size"], result["num_bits"], result["dtype"]
@@ -131,10 +150,15 @@ def load(paths: list[Path]) -> tuple[list[dict[int, Samples]], list[dict[str, ob
             measured = []
             for old, splits, _, us, *_ in row["plans"]:
                 try:
-                    plan = _core.plan_with_tile(problem, device, number[int(old)], int(splits))
+                    tile = number[int(old)]
+                    if rank:
+                        plan = _core.plan_low_rank_with_tile(problem, device, rank, tile, int(splits))
+                    else:
+                        plan = _core.plan_with_tile(problem, device, tile, int(splits))
                 except (KeyError, ValueError):  # tiles and splits that are gone
                     continue
-                measured.append((plan.tile, plan.splits, us, _core.effort(problem, device, plan)))
+                of_table = len(_core.TILES) + LOW_RANK.index(tile) if rank else tile
+                measured.append((of_table, plan.splits, us, _core.effort(problem, device, plan)))
             if not measured:
                 continue
             best = min(us for _, _, us, _ in measured)
@@ -145,10 +169,10 @@ def load(paths: list[Path]) -> tuple[list[dict[int, Samples]], list[dict[str, ob
     samples = {}
     for tile, values in columns.items():
         problem_of, splits, us, weight, *efforts = zip(*values, strict=True)
-        samples[tile] = Samples(
-            list(problem_of), np.array(splits), np.array(us), np.array(weight),
-            {name: np.array(column, dtype=float) for name, column in zip(EFFORT, efforts, strict=True)},
-        )  # fmt: skip
+        found = {name: np.array(column, dtype=float) for name, column in zip(EFFORT, efforts, strict=True)}
+        for name in POWERS:
+            found[name] = found[name].clip(LEAST)
+        samples[tile] = Samples(list(problem_of), np.array(splits), np.array(us), np.array(weight), found)
     return samples, rows
 
 
@@ -172,10 +196,12 @@ def fitted(s: Samples, start: np.ndarray, hold: float) -> np.ndarray:
 
 
 def fit(samples: dict[int, Samples]) -> list[np.ndarray]:
-    constants: list[np.ndarray] = [np.array(START)] * len(_core.TILES)
-    for kernel in sorted({t.kernel for t in _core.TILES}):
-        tiles = [i for i, t in enumerate(_core.TILES) if t.kernel == kernel]
+    constants = compiled_in()
+    for kernel in sorted(set(KERNELS)):
+        tiles = [i for i, name in enumerate(KERNELS) if name == kernel]
         known = [i for i in tiles if i in samples]
+        if not known:  # stays as it is
+            continue
         whole = fitted(joined([samples[i] for i in known]), np.array(START), KERNEL_HOLD)
         for i in tiles:
             constants[i] = fitted(samples[i], whole, HOLD) if i in samples else whole
@@ -184,7 +210,7 @@ def fit(samples: dict[int, Samples]) -> list[np.ndarray]:
 
 def with_sharing(constants: list[np.ndarray]) -> list[np.ndarray]:
     """Of tiles that share activations: those of the tile before each, the same without. It takes as long."""
-    return [constants[i - 1] if tile.share > 1 else constants[i] for i, tile in enumerate(_core.TILES)]
+    return [constants[i - 1] if tile.share > 1 else constants[i] for i, tile in enumerate(TILES)]
 
 
 def refined(constants: list[np.ndarray], samples: dict[int, Samples]) -> list[np.ndarray]:
@@ -199,7 +225,6 @@ def refined(constants: list[np.ndarray], samples: dict[int, Samples]) -> list[np
         ),
         {name: torch.from_numpy(column) for name, column in all_plans.effort.items()},
     )
-    s.effort["l2_us"] = s.effort["l2_us"].clamp_min(1e-6)  # its power has no gradient at 0
     tile = torch.tensor([i for i in order for _ in samples[i].problem])
     problem = torch.tensor(s.problem)
     count = int(problem.max()) + 1
@@ -218,7 +243,7 @@ def refined(constants: list[np.ndarray], samples: dict[int, Samples]) -> list[np
         odds = -torch.log(predicted(logs.exp()[tile].T, s)) / BLUR
         odds = torch.exp(odds - of_problem(odds.detach(), "amax"))
         chosen = odds / of_problem(odds, "sum")
-        loss = (chosen * regret).sum() / len(set(s.problem)) + REFINED_HOLD * ((logs - first) ** 2).mean()
+        loss = (chosen * regret).sum() + REFINED_HOLD * ((logs - first) ** 2).sum()
         loss.backward()
         adam.step()
         with torch.no_grad():
@@ -228,13 +253,17 @@ def refined(constants: list[np.ndarray], samples: dict[int, Samples]) -> list[np
 
 def write(constants: list[np.ndarray], source: str) -> None:
     text = TABLE.read_text()
-    head, tail = text.index("kTileCosts{{\n") + len("kTileCosts{{\n"), text.index("}};")
-    body = ""
-    for tile, values in zip(_core.TILES, constants, strict=True):
-        body += f"    {{{', '.join(f'{v:.4g}' for v in values)}}},  "
-        body += f"// {tile.kernel} {tile.block_m} x {tile.block_n}"
-        body += (", 2 teams" if tile.teams > 1 else "") + (", 2 share\n" if tile.share > 1 else "\n")
-    TABLE.write_text(text[:head] + body + text[tail:])
+    lines = []
+    for tile, values in zip(TILES, constants, strict=True):
+        lines.append(
+            f"    {{{', '.join(f'{v:.4g}' for v in values)}}},  // {tile.kernel} {tile.block_m} x {tile.block_n}"
+        )
+        lines[-1] += (", 2 teams" if tile.teams > 1 else "") + (", 2 share" if tile.share > 1 else "")
+    count = len(_core.TILES)
+    for name, part in (("kTileCosts", lines[:count]), ("kLowRankCosts", lines[count:])):
+        start = text.index(f"{name}{{{{\n") + len(f"{name}{{{{\n")
+        text = text[:start] + "\n".join(part) + "\n" + text[text.index("}};", start) :]
+    TABLE.write_text(text)
     subprocess.run(["clang-format", "-i", str(TABLE)], check=True)
     print(f"{TABLE.relative_to(ROOT)}: from {source}")
 
@@ -242,7 +271,7 @@ def write(constants: list[np.ndarray], source: str) -> None:
 def report(constants: list[np.ndarray], samples: dict[int, Samples], rows: list[dict[str, object]]) -> None:
     choices: dict[int, list[tuple[float, float, str]]] = defaultdict(list)
     for tile, s in samples.items():
-        name = tile_name(_core.TILES[tile])
+        name = tile_name(TILES[tile])
         for problem, splits, us, guess in zip(s.problem, s.splits, s.us, predicted(constants[tile], s), strict=True):
             choices[problem].append((guess, us, f"{name} splits {splits}"))
     found = []

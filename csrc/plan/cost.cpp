@@ -1,16 +1,20 @@
 // The cost model: one formula for all kernels, with constants of each tile (plan/cost_table.h, fitted by benchmarks/fit_plan.py).
 //
-//   us = launch + crowding + (work^p + dram^p + (c l2)^p)^(1/p) + exchanges
+//   us = launch + crowding + sum over phases of (work^p + (c dram)^p + (d l2)^p)^(1/p) + exchanges
 //   work = turns x (sum over waves of turn + turn_block x blocks an SM holds) + tile x tiles of an SM, all waves
 //
-// A wave's turns take a latency and, for every block that an SM holds, what it keeps the SM busy. p lies between max (infinity) and
-// sum (1) of the three. A kernel that fills more than half of the places for blocks keeps its successor from starting early. The constants are microseconds of an H100; on other GPUs they rank plans, they do not predict times.
+// There is one phase, but for stream-K: its whole tiles are one, its ranges another, in which memory and work overlap for themselves.
+// A launch with a low-rank correction is a kernel of its own and has constants of its own. A wave's turns take a latency and, for every
+// block that an SM holds, what it keeps the SM busy. p lies between max (infinity) and sum (1) of the three. A kernel that fills more
+// than half of the places for blocks keeps its successor from starting early. The constants are microseconds of an H100; on other GPUs
+// they rank plans, they do not predict times.
 #include "plan/cost.h"
 
 #include <algorithm>
 #include <cmath>
 
 #include "plan/cost_table.h"
+#include "plan/low_rank.h"
 #include "plan/smem.h"
 #include "plan/smem_decode.h"
 #include "plan/smem_sm90.h"
@@ -69,13 +73,15 @@ void stream(Effort& e, const Plan& plan, double tiles, double col_tiles, double 
   const double blocks = static_cast<double>(plan.grid), blocks_an_sm = -plan.splits;
   const double rounds = tiles > blocks ? std::floor(tiles / blocks) - 1 : 0;
   const double range = (tiles - rounds * blocks) * col_tiles / blocks;
-  e.turns = rounds * col_tiles + std::ceil(range);
+  e.turns = rounds * col_tiles;
+  e.range_turns = std::ceil(range);
   e.full_waves = 0;
   e.last_wave = blocks_an_sm;
   e.crowding = std::clamp(2 * blocks / (sms * e.resident) - 1, 0.0, 1.0);
   e.parts = std::ceil(col_tiles / range);
   const bool even = tiles < blocks && std::fmod(blocks, tiles) == 0;  // no range crosses the end of a tile
-  e.tiles = (rounds + (even ? 1 : std::ceil(range / col_tiles) + 1)) * blocks_an_sm;
+  e.tiles = rounds * blocks_an_sm;
+  e.range_tiles = (even ? 1 : std::ceil(range / col_tiles) + 1) * blocks_an_sm;
   e.streams = 1;
 }
 
@@ -93,17 +99,8 @@ double read_again(const Device& device, const Plan& plan, double tiles_m, double
   return std::max(0.0, missed) * (streamed * (tile_acts + tile_weights) - acts - weights);
 }
 
-// What a low-rank correction adds to the multiplication: an output tile's rows of a factor are read and multiplied; where there is one block
-// an SM, those that project take its place, so that some SMs have two of the others and some none; they take longer for many tokens; and
-// where k is split, it measures more. Fitted to 1087 plans of rank 64: 21 shapes of 1 to 16 tokens.
-double correction_us(const Problem& problem, const Device& device, const Plan& plan) {
-  constexpr double kLaunch = 0.37, kTile = 0.36;
-  constexpr double kShifted = 8e-5, kManyTokens = 1.27e-4, kSplit = 8.1e-5;  // for a column
-  const double tiles = ceil_div(static_cast<double>(problem.m), block_m(plan.tile)) *
-                       ceil_div(static_cast<double>(problem.n), tile_n(plan.tile));
-  const bool alone = plan.grid - plan.lead <= device.num_sms, many = problem.m > kMmaTokens;
-  const double columns = (alone ? kShifted : 0) + (many ? kManyTokens : 0) + kSplit * (plan.splits - 1);
-  return kLaunch + kTile * tiles / device.num_sms + columns * static_cast<double>(problem.k);
+double pow_sum(double work, double dram_us, double l2_us, double power) {
+  return std::pow(std::pow(work, power) + std::pow(dram_us, power) + std::pow(l2_us, power), 1 / power);
 }
 
 }  // namespace
@@ -116,7 +113,8 @@ Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
   const bool portable = family(plan.tile) == Family::kSm80;
   const int splits = std::max(1, plan.splits);
   const int cluster = portable ? 1 : share(plan.tile) * splits;
-  const double groups = tiles_m * tiles_n * (portable ? splits : 1);  // blocks or clusters
+  // Blocks or clusters. Those that project a correction come first and take places of the first wave.
+  const double groups = tiles_m * tiles_n * (portable ? splits : 1) + static_cast<double>(plan.lead) / splits;
   const double at_once = portable ? sms : resident_clusters(device, cluster);
 
   Effort e;
@@ -136,26 +134,36 @@ Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
   const double block_weights = weights / format::row_tiles(problem.n) * block_n(plan.tile) / format::kTileRows;
   const double block_acts = acts / m * std::min<double>(m, block_m(plan.tile));
   const double again = plan.splits < 0 ? read_again(device, plan, tiles_m, tiles_n, block_acts, block_weights) : 0;
-  e.dram_us = (weights + acts + out + again) / (dram_bytes_per_us_sm(device) * sms);
-  const double shares =
-      plan.splits < 0 ? e.last_wave * e.turns / col_tiles : e.tiles / splits;  // of a tile's k, of an SM
+  const double factors = plan.rank * (problem.k + problem.n) * kActBytes;
+  const double bandwidth = dram_bytes_per_us_sm(device) * sms, whole = e.turns / (e.turns + e.range_turns);
+  e.dram_us = whole * (weights + acts + out + factors) / bandwidth;
+  e.range_dram_us = ((1 - whole) * (weights + acts + out) + again) / bandwidth;
+  // of a tile's k, of an SM
+  const double shares = plan.splits < 0 ? e.last_wave * e.turns / col_tiles : e.tiles / splits;
   e.l2_us = shares * (block_weights + block_acts) / kL2BytesPerUsSm;
+  e.range_l2_us = e.last_wave * e.range_turns / col_tiles * (block_weights + block_acts) / kL2BytesPerUsSm;
+  if (plan.rank >
+      0) {  // rows of `up` for every tile, of which one block of a cluster adds the correction, and t for every block
+    const double up = e.tiles / splits * tile_n(plan.tile) * plan.rank * kActBytes;
+    const double t = (e.full_waves > 0 ? e.resident : e.last_wave) * projected_bytes(problem.m, problem.k, plan.rank);
+    e.l2_us += (up + t) / kL2BytesPerUsSm;
+  }
   if (portable && plan.splits > 1)
     e.reduce_us = 2 * m * problem.n * sizeof(float) * plan.splits / (kReduceBytesPerUsSm * sms);
   return e;
 }
 
 double predicted_us(const Problem& problem, const Device& device, const Plan& plan) {
-  const double correction = plan.rank > 0 ? correction_us(problem, device, plan) : 0;
   const Effort e = effort(problem, device, plan);
-  const TileCost& c = kTileCosts[plan.tile];
-  double work = e.turns * e.full_waves * (c.turn + c.turn_block * e.resident);
-  if (e.last_wave > 0) work += e.turns * (c.turn + c.turn_block * e.last_wave);
-  work += c.tile * e.tiles;
-  const double sum = std::pow(work, c.power) + std::pow(e.dram_us, c.power) + std::pow(c.l2 * e.l2_us, c.power);
+  const TileCost& c = plan.rank > 0 ? kLowRankCosts[tile_decode_index(plan.tile)] : kTileCosts[plan.tile];
+  double turn = e.full_waves * (c.turn + c.turn_block * e.resident);
+  if (e.last_wave > 0) turn += c.turn + c.turn_block * e.last_wave;
+  const double whole = pow_sum(e.turns * turn + c.tile * e.tiles, c.dram * e.dram_us, c.l2 * e.l2_us, c.power);
+  const double range =
+      pow_sum(e.range_turns * turn + c.tile * e.range_tiles, c.dram * e.range_dram_us, c.l2 * e.range_l2_us, c.power);
   const double exchange = e.exchanges * (c.exchange + c.exchange_split * plan.splits) +
                           e.streams * (c.stream + c.stream_part * e.parts) + e.reduce_us;
-  return c.launch + c.crowding * e.crowding + std::pow(sum, 1 / c.power) + exchange + correction;
+  return c.launch + c.crowding * e.crowding + whole + range + exchange;
 }
 
 }  // namespace sparse_marlin
