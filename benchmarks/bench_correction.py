@@ -2,12 +2,14 @@
 
     python benchmarks/bench_correction.py --json benchmarks/results/correction_h100.json
 
-Both in CUDA graphs with weights rotated through more memory than the L2 cache holds, float16, 4 bits, group 128.
+Both in CUDA graphs, weights and factors each rotated through more memory than the L2 cache holds, as a model's layers
+are, float16, 4 bits, group 128.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 from pathlib import Path
@@ -28,7 +30,7 @@ SHAPES = {
     "70B gate_up": (57344, 8192),
     "70B down": (8192, 28672),
 }
-ROTATED_BYTES = 200e6
+ROTATED_BYTES = 150e6
 
 
 def main() -> None:
@@ -41,14 +43,13 @@ def main() -> None:
     gpu = planner_device()
     for name, (n, k) in SHAPES.items():
         codes, scales = testing.random_codes(n, k).cuda(), testing.random_scales(n, k).cuda().half()
-        count = max(2, int(ROTATED_BYTES / (n * k * 3.125 / 8)) + 1)
+        factor_bytes = 2 * options.rank * (n + k)
+        count = max(2, *(int(ROTATED_BYTES / size) + 1 for size in (n * k * 3.125 / 8, factor_bytes)))
         factors = torch.randn(n, options.rank).cuda() * 0.01, torch.randn(options.rank, k).cuda() * 0.01
-        layers = {
-            rank: [
-                SparseMarlinLinear.from_codes(codes, scales, correction=factors if rank else None) for _ in range(count)
-            ]
-            for rank in (0, options.rank)
-        }
+        layers = {}
+        for rank in (0, options.rank):
+            made = SparseMarlinLinear.from_codes(codes, scales, correction=factors if rank else None)
+            layers[rank] = [made, *(copy.deepcopy(made) for _ in range(count - 1))]
         wanted_weight = layers[options.rank][0].to_linear().weight.float()
         for tokens in options.tokens:
             x = torch.randn(tokens, k, device="cuda", dtype=torch.float16)

@@ -47,7 +47,7 @@ from timing import (
     sparse_tflops,
     tile_name,
 )
-from weights import check_rows, random_packed, random_scales
+from weights import check_rows, random_packed, several_scales
 
 from sparse_marlin import _core
 from sparse_marlin.info import planner_device
@@ -97,10 +97,10 @@ class Case:
         self.shape, self.args, self.recorder, self.left_out = shape, args, recorder, left_out
         self.k, self.n = SHAPES[shape]
         self.dtype, self.device = getattr(torch, args.dtype), planner_device(torch.cuda.current_device())
-        self.scales = random_scales(self.n, self.k, args.group_size, args.num_bits, self.dtype)
         packed = random_packed(self.n, self.k, args.num_bits)
         self.weight_bytes = packed.numel() * packed.element_size()
         self.packed = [packed] + [packed.clone() for _ in range(copies(self.weight_bytes) - 1)]
+        self.scales = several_scales(len(self.packed), self.n, self.k, args.group_size, args.num_bits, self.dtype)
         dense = torch.randn(self.n, self.k, device="cuda", dtype=self.dtype).mul_(0.02)
         self.dense = [dense] + [dense.clone() for _ in range(copies(2 * dense.numel()) - 1)]
         self.peers: dict[str, Peer] = {}
@@ -117,13 +117,14 @@ class Case:
             return self.planned(a, plan, True)
         group_size, num_bits = self.args.group_size, self.args.num_bits
         gemm = torch.ops.sparse_marlin.sparse_marlin_gemm
-        return lambda i: gemm(a, self.packed[i % len(self.packed)], self.scales, group_size, num_bits)
+        count = len(self.packed)
+        return lambda i: gemm(a, self.packed[i % count], self.scales[i % count], group_size, num_bits)
 
     def planned(self, a: torch.Tensor, plan: _core.Plan, dependent: bool) -> Callable[[int], torch.Tensor]:
         group_size, num_bits = self.args.group_size, self.args.num_bits
-        gemm_tile = torch.ops.sparse_marlin._sparse_marlin_gemm_tile
+        gemm_tile, count = torch.ops.sparse_marlin._sparse_marlin_gemm_tile, len(self.packed)
         return lambda i: gemm_tile(
-            a, self.packed[i % len(self.packed)], self.scales, group_size, num_bits, None, plan.tile, plan.splits,
+            a, self.packed[i % count], self.scales[i % count], group_size, num_bits, None, plan.tile, plan.splits,
             dependent,
         )  # fmt: skip
 
@@ -131,7 +132,8 @@ class Case:
         edge = min(CHECKED_TOKENS, len(a))
         for start in sorted({0, len(a) - edge}):
             tokens = slice(start, start + edge)
-            check_rows(a[tokens], out[tokens], self.packed[0], self.scales, self.args.group_size, self.args.num_bits)
+            weight = self.packed[0], self.scales[0], self.args.group_size, self.args.num_bits
+            check_rows(a[tokens], out[tokens], *weight)
 
     @staticmethod
     def prepared(peer: Peer, a: torch.Tensor) -> Callable[[int], object]:
@@ -187,7 +189,7 @@ class Case:
         median = {name: statistics.median(values) for name, values in times.items()}
         us, cublas = median["ours"], median["cublas"]
         flops = 2 * tokens * self.n * self.k
-        moved = self.weight_bytes + self.scales.numel() * 2 + tokens * (self.k + self.n) * 2
+        moved = self.weight_bytes + self.scales[0].numel() * 2 + tokens * (self.k + self.n) * 2
         tile = _core.TILES[plan.tile]
         row: Row = {
             "shape": self.shape,

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from timing import copy_bandwidth, full_precision_sums, graph_us, machine, positive_ints, tile_name
-from weights import check_rows, random_packed, random_scales
+from weights import check_rows, random_packed, several_scales
 
 from sparse_marlin import _core, testing
 from sparse_marlin.info import planner_device
@@ -48,7 +48,8 @@ class Chain:
             name: [random_packed(n, k, self.num_bits) for _ in range(self.layers)] for name, (k, n) in LINEARS.items()
         }
         self.scales = {
-            name: random_scales(n, k, self.group_size, self.num_bits, self.dtype) for name, (k, n) in LINEARS.items()
+            name: several_scales(self.layers, n, k, self.group_size, self.num_bits, self.dtype)
+            for name, (k, n) in LINEARS.items()
         }
         self.dense = {
             name: [
@@ -60,7 +61,7 @@ class Chain:
 
     def bytes_read(self) -> int:
         """Of weights and scales, a layer."""
-        return sum(self.packed[name][0].numel() * 4 + self.scales[name].numel() * 2 for name in LINEARS)
+        return sum(self.packed[name][0].numel() * 4 + self.scales[name][0].numel() * 2 for name in LINEARS)
 
     def plan(self, tokens: int, name: str) -> _core.Plan:
         k, n = LINEARS[name]
@@ -71,12 +72,12 @@ class Chain:
         if dependent:  # the operator as users call it
             gemm = torch.ops.sparse_marlin.sparse_marlin_gemm
             return lambda a, layer, name: gemm(
-                a, self.packed[name][layer], self.scales[name], self.group_size, self.num_bits
+                a, self.packed[name][layer], self.scales[name][layer], self.group_size, self.num_bits
             )
         gemm_tile = torch.ops.sparse_marlin._sparse_marlin_gemm_tile
         plans = {name: self.plan(tokens, name) for name in LINEARS}
         return lambda a, layer, name: gemm_tile(
-            a, self.packed[name][layer], self.scales[name], self.group_size, self.num_bits, None,
+            a, self.packed[name][layer], self.scales[name][layer], self.group_size, self.num_bits, None,
             plans[name].tile, plans[name].splits, dependent=False,
         )  # fmt: skip
 
@@ -87,7 +88,7 @@ class Chain:
         following = self.packed[names[place % len(names)]][(layer + place // len(names)) % self.layers]
         rows = max(1, round(self.ahead / (following[0].numel() * following.element_size())))
         return torch.ops.sparse_marlin.sparse_marlin_gemm_prefetch(
-            a, self.packed[name][layer], self.scales[name], following[:rows], self.group_size, self.num_bits
+            a, self.packed[name][layer], self.scales[name][layer], following[:rows], self.group_size, self.num_bits
         )
 
     def cublas(self, a: torch.Tensor, layer: int, name: str) -> torch.Tensor:
@@ -145,7 +146,7 @@ class Chain:
         for name, out in zip(names, plain, strict=False):  # of the first layer
             k = LINEARS[name][0]
             a = a.view(-1)[: tokens * k].view(tokens, k)
-            check_rows(a, out, self.packed[name][0], self.scales[name], self.group_size, self.num_bits)
+            check_rows(a, out, self.packed[name][0], self.scales[name][0], self.group_size, self.num_bits)
             a = out
 
     def measure(self, tokens: int, bandwidth: float) -> dict[str, object]:

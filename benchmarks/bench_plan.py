@@ -5,6 +5,7 @@
     python benchmarks/bench_plan.py --rank 64 --out benchmarks/results/plan_rank64.json  # with a low-rank correction
     python benchmarks/bench_plan.py --budget 240 --chosen-only --cublas --cusparselt
     python benchmarks/bench_plan.py --budget 240 --chosen-only --cublas --cusparselt --resume --out part.json
+    python benchmarks/bench_plan.py --chosen-only --cusparselt --problem 1024,13312,16384    # M,N,K; as often as needed
     python benchmarks/bench_plan.py --report benchmarks/results/plan.json  # prints an earlier result; needs no GPU
 
 Problems are the linears of language models from 1B to 405B, whole and as slices of 2, 4 and 8 GPUs, with 1 to 16384
@@ -50,7 +51,7 @@ from peer_base import LeftOut
 from peers_torch import CuSparseLt, prune_24
 from plan_report import report
 from timing import ROTATED_BYTES, Recorded, Recorder, full_precision_sums, machine, tile_name
-from weights import random_scales, random_slices
+from weights import random_slices, several_scales
 
 from sparse_marlin import _core
 from sparse_marlin.info import planner_device
@@ -125,6 +126,11 @@ def problems(count: int, models: list[str], rank: int) -> list[tuple[int, Shape]
     return [problem for one in rounds for problem in one][:count]
 
 
+def one_problem(text: str) -> tuple[int, Shape]:
+    m, n, k = map(int, text.split(","))
+    return m, Shape(f"{k} -> {n}", k, n)
+
+
 def chosen_plan(problem: _core.Problem, device: _core.Device, rank: int) -> _core.Plan:
     return _core.plan_low_rank(problem, device, rank) if rank else _core.plan(problem, device)
 
@@ -167,8 +173,8 @@ class Pools:
         size = max(needed, largest if args.cublas or args.cusparselt else 0)
         self.values = torch.randn(size, device="cuda", dtype=self.dtype)
         if args.rank:  # small values of their own: products with themselves would overflow float16
-            most = max(args.rank * (shape.k + shape.n) * self.copies(shape) for shape in shapes())
-            self.small = torch.randn(most, device="cuda", dtype=self.dtype).mul_(FACTOR_DEVIATION)
+            size = int(ROTATED_BYTES) // self.dtype.itemsize
+            self.small = torch.randn(size, device="cuda", dtype=self.dtype).mul_(FACTOR_DEVIATION)
         if args.cusparselt:  # whatever the shape, K is a multiple of 4: one pattern serves all
             row = 1 << 13
             self.pruned = prune_24(self.values[: size // row * row].clone().view(-1, row)).view(-1)
@@ -196,9 +202,9 @@ class Pools:
         return self.values[: tokens * k].view(tokens, k)
 
     def factors(self, shape: Shape, rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """down [rank, K] and up [N, rank] for every packed weight."""
+        """down [rank, K] and up [N, rank], different ones, more than the caches hold."""
         size = rank * (shape.k + shape.n)
-        parts = self.small[: self.copies(shape) * size].view(-1, size)
+        parts = self.small[: self.small.numel() // size * size].view(-1, size)
         return [
             (part[: rank * shape.k].view(rank, shape.k), part[rank * shape.k :].view(shape.n, rank)) for part in parts
         ]
@@ -244,7 +250,7 @@ class Sweep:
         else:
             plans = candidates(problem, self.device, args.rank, args.factor, args.most)
         a, packed = self.pools.acts(tokens, shape.k), self.pools.packed(shape)
-        scales = random_scales(shape.n, shape.k, args.group_size, args.num_bits, self.pools.dtype)
+        scales = several_scales(len(packed), shape.n, shape.k, args.group_size, args.num_bits, self.pools.dtype)
         factors = self.pools.factors(shape, args.rank) if args.rank else []
         gemm, corrected = (
             torch.ops.sparse_marlin._sparse_marlin_gemm_tile,
@@ -252,10 +258,11 @@ class Sweep:
         )
 
         def run(plan: _core.Plan, i: int, dependent: bool = True) -> torch.Tensor:
-            weights, how = packed[i % len(packed)], (args.group_size, args.num_bits, None, plan.tile, plan.splits)
+            weights = packed[i % len(packed)], scales[i % len(packed)]
+            how = args.group_size, args.num_bits, None, plan.tile, plan.splits
             if plan.rank:
-                return corrected(a, weights, scales, *factors[i % len(factors)], *how, dependent=dependent)
-            return gemm(a, weights, scales, *how, dependent=dependent)
+                return corrected(a, *weights, *factors[i % len(factors)], *how, dependent=dependent)
+            return gemm(a, *weights, *how, dependent=dependent)
 
         self.compare(plans, run)
         others = self.others(a, shape)
@@ -381,6 +388,7 @@ def main() -> int:
     parser.add_argument("--rank", type=int, default=0, help="with a low-rank correction")
     parser.add_argument("--budget", type=float, default=90.0, help="seconds of measuring, without set-up")
     parser.add_argument("--problems", type=int, default=330, help="at most so many")
+    parser.add_argument("--problem", type=one_problem, action="append", help="this one alone: M,N,K")
     parser.add_argument("--models", nargs="+", default=[], choices=list(MODELS), help="only these, and no slices")
     parser.add_argument("--factor", type=float, default=1.6, help="predicted time over the best one, of candidates")
     parser.add_argument("--most", type=int, default=14, help="candidates within the factor, at most")
@@ -399,7 +407,7 @@ def main() -> int:
         parser.error("--resume: expected --out, the file to go on with")
     torch.manual_seed(0)
     full_precision_sums()
-    wanted = problems(args.problems, args.models, args.rank)
+    wanted = args.problem or problems(args.problems, args.models, args.rank)
     here = {
         **machine(),
         "dtype": args.dtype,

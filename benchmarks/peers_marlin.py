@@ -38,11 +38,12 @@ class Marlin(Peer):
             *[pointer] * (5 if self.SPARSE else 4), *[number] * 3, pointer, number, number, pointer, *[number] * 4,
         ]  # fmt: skip
         self.scale = 1 / (8 * k**0.5)
-        self.scales = torch.full((_core.num_groups(k, self.group_size), n), self.scale, device=device, dtype=dtype)
         self.locks = torch.zeros(n // 128 * self.MAX_PARALLEL, dtype=torch.int32, device=device)
         self.shape = (k // 32, 2 * n) if self.SPARSE else (k // 16, 2 * n)
         self.codes = rotated(torch.randint(-(2**31), 2**31, self.shape, dtype=torch.int32, device=device))
         self.meta = rotated(self.random_meta(device))[: len(self.codes)] if self.SPARSE else []
+        groups = _core.num_groups(k, self.group_size)
+        self.scales = torch.full((len(self.codes), groups, n), self.scale, device=device, dtype=dtype).unbind()
 
     def random_meta(self, device: torch.device) -> torch.Tensor:
         """int16 [N, K / 16]; a nibble is a pair of positions, the first one low."""
@@ -52,9 +53,11 @@ class Marlin(Peer):
         drawn = torch.where(words >= 2**15, words - 2**16, words).short()
         return drawn.repeat(-(-self.n // drawn.shape[0]), 1)[: self.n].contiguous()
 
-    def launch(self, a: torch.Tensor, out: torch.Tensor, codes: torch.Tensor, meta: torch.Tensor | None) -> None:
+    def launch(
+        self, a: torch.Tensor, out: torch.Tensor, codes: torch.Tensor, meta: torch.Tensor | None, scales: torch.Tensor
+    ) -> None:
         tokens = a.shape[0]
-        tensors = [a, codes, *([] if meta is None else [meta]), out, self.scales]
+        tensors = [a, codes, *([] if meta is None else [meta]), out, scales]
         sizes = (self.n, tokens, self.k) if self.SPARSE else (tokens, self.n, self.k)
         group = self.group_size if self.group_size < 0 else self.group_size // (2 if self.SPARSE else 1)
         stream = torch.cuda.current_stream().cuda_stream
@@ -69,7 +72,9 @@ class Marlin(Peer):
         out = torch.empty(a.shape[0], self.n, device=a.device, dtype=a.dtype)
 
         def call(i: int) -> torch.Tensor:
-            self.launch(a, out, self.codes[i % len(self.codes)], self.meta[i % len(self.meta)] if self.meta else None)
+            place = i % len(self.codes)
+            meta = self.meta[i % len(self.meta)] if self.meta else None
+            self.launch(a, out, self.codes[place], meta, self.scales[place])
             return out
 
         return call
@@ -85,7 +90,7 @@ class Marlin(Peer):
         codes = torch.full(self.shape, word, dtype=torch.int32, device=a.device)
         meta = torch.full((self.n, self.k // 16), 0x4444, dtype=torch.int16, device=a.device) if self.SPARSE else None
         out = torch.full((a.shape[0], self.n), float("nan"), device=a.device, dtype=a.dtype)
-        self.launch(a, out, codes, meta)
+        self.launch(a, out, codes, meta, self.scales[0])
         super().check(a, lambda _: out)
         call(0)
 

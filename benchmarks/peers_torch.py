@@ -144,21 +144,21 @@ class TorchInt4(Peer):
             0, 256, (n, k // 2), dtype=torch.uint8, device=device
         )  # the even column is the high one
         scales = (torch.rand(k // group, n, device=device) + 0.5) / (8 * k**0.5)
-        self.scales_offsets = torch.stack([scales, scales * 0.25], dim=2).bfloat16().contiguous()
+        first = torch.stack([scales, scales * 0.25], dim=2).bfloat16().contiguous()
         head = nibbles[:CHECKED_FEATURES]
         codes = torch.stack([head >> 4, head & 15], dim=2).view(head.shape[0], k).float() - 8
-        scale, offset = (
-            part.t().repeat_interleave(group, dim=1) for part in self.scales_offsets[:, : len(head)].float().unbind(2)
-        )
+        scale, offset = (part.t().repeat_interleave(group, dim=1) for part in first[:, : len(head)].float().unbind(2))
         self.head = codes * scale + offset
         self.weights = rotated(torch._convert_weight_to_int4pack(nibbles, self.INNER_K_TILES))
+        self.scales_offsets = [first, *(first.clone() for _ in self.weights[1:])]
 
     def reference(self, a: torch.Tensor) -> torch.Tensor:
         return a.float() @ self.head.t()
 
     def prepare(self, a: torch.Tensor) -> Call:
+        count = len(self.weights)
         return lambda i: torch._weight_int4pack_mm(
-            a, self.weights[i % len(self.weights)], self.group_size, self.scales_offsets
+            a, self.weights[i % count], self.group_size, self.scales_offsets[i % count]
         )
 
 

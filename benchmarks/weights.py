@@ -35,9 +35,16 @@ def random_scales(
     n: int, k: int, group_size: int, num_bits: int, dtype: torch.dtype, device: str = "cuda"
 ) -> torch.Tensor:
     """Scales that give outputs the size of the activations, within a factor of 1.5 either way."""
+    return several_scales(1, n, k, group_size, num_bits, dtype, device)[0]
+
+
+def several_scales(
+    count: int, n: int, k: int, group_size: int, num_bits: int, dtype: torch.dtype, device: str = "cuda"
+) -> list[torch.Tensor]:
+    """Those of as many weights: a scale that every launch reads would stay in the caches."""
     deviation = math.sqrt(((2**num_bits - 1) ** 2 - 1) / 12)  # of a code of random_slices
-    spread = torch.rand(_core.scales_shape(n, k, group_size), device=device) + 0.5
-    return (spread / (deviation * math.sqrt(k / 2))).to(dtype)
+    spread = torch.rand((count, *_core.scales_shape(n, k, group_size)), device=device) + 0.5
+    return list((spread / (deviation * math.sqrt(k / 2))).to(dtype).unbind())
 
 
 def check_rows(
