@@ -13,7 +13,7 @@ tokens. They come in rounds of one problem for each number of tokens, the shape 
 of seconds (set-up not counted) or --problems end the run, small and large ones are represented alike.
 
 Candidates are the plans predicted within --factor of the best prediction, at most --most of them, and beside them the
-best three of every kernel that are within 3; tiles that share activations are left out, as the planner does. Each is a
+best three of every kernel that are within 3. Each is a
 CUDA graph of about a millisecond, its weights rotated through more than 250 MB (the activations are not); the graphs of
 a problem are replayed in turn. Where other plans seem nearly as good as the best one, these and the chosen one are
 timed again, longer, in turn, with a rest before each where they draw much power, and these times count: the least of
@@ -140,7 +140,7 @@ def candidates(problem: _core.Problem, device: _core.Device, rank: int, factor: 
     chosen = chosen_plan(problem, device, rank)
     first, plans = [chosen] if chosen.rank == rank else [], []
     for number, tile in enumerate(_core.TILES):
-        if tile.share > 1:  # the planner leaves them out, too
+        if tile.share > 1 and problem.m <= _core.MOST_TOKENS_ALONE:  # the planner leaves them out, too
             continue
         for splits in SPLITS:
             try:

@@ -140,7 +140,7 @@ Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
   e.range_dram_us = ((1 - whole) * (weights + acts + out) + again) / bandwidth;
   // of a tile's k, of an SM
   const double shares = plan.splits < 0 ? e.last_wave * e.turns / col_tiles : e.tiles / splits;
-  e.l2_us = shares * (block_weights + block_acts) / kL2BytesPerUsSm;
+  e.l2_us = shares * (block_weights + block_acts / share(plan.tile)) / kL2BytesPerUsSm;
   e.range_l2_us = e.last_wave * e.range_turns / col_tiles * (block_weights + block_acts) / kL2BytesPerUsSm;
   if (plan.rank >
       0) {  // rows of `up` for every tile, of which one block of a cluster adds the correction, and t for every block

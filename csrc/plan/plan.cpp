@@ -247,8 +247,8 @@ std::vector<Candidate> candidates(const Problem& problem, const Device& device, 
         ((problem.m + block_m(tile) - 1) / block_m(tile)) * ((problem.n + block_n(tile) - 1) / block_n(tile));
     for (int splits : splits_of(tile)) {
       all.push_back(build(problem, device, tile, splits, rank));
-      // Compared in 500 pairs of an H100's sweeps, at no number of tokens faster than the same tile without (docs/KERNEL_SM90.md).
-      if (share(tile) > 1 && all.back().rejected.empty()) all.back().rejected = "sharing activations gains nothing";
+      if (share(tile) > 1 && problem.m <= kMostTokensAlone && all.back().rejected.empty())
+        all.back().rejected = "activations are shared from " + std::to_string(kMostTokensAlone + 1) + " tokens";
       if (splits > 0 && (!all.back().rejected.empty() || blocks * splits > int64_t{kEnoughBlocks} * device.num_sms))
         break;
     }

@@ -19,6 +19,10 @@ struct Device {
   bool hopper_kernels = true;  // this build holds native code for compute capability 9.0a, without which they are empty
 };
 
+// Up to so many tokens the planner leaves out blocks that share activations: they are slower than the same tile alone by 0 to 5 %. Beyond
+// they are as fast at the limit of power, and faster below it (docs/KERNEL_SM90.md).
+inline constexpr int64_t kMostTokensAlone = 1024;
+
 struct Plan {
   int tile = -1;  // number of the tile (plan/tiles_all.h)
   // Blocks along k that share an output tile; in the portable kernel their sums meet in the workspace. Negative: stream-K, with so

@@ -86,6 +86,7 @@ void bind_format(py::module_& m) {
   m.attr("MARLIN_24_ROWS") = legacy::kRunRows;  // the old format: features of a run, columns of a step
   m.attr("MARLIN_24_COLS") = format::kStepCols;
   m.attr("MAX_TOKENS") = kMaxTokens;
+  m.attr("MOST_TOKENS_ALONE") = kMostTokensAlone;  // up to so many no plan shares activations
   m.attr("MAX_FEATURES") = kMaxFeatures;
   m.attr("CHANNELWISE") = kChannelwise;
   m.attr("GROUP_SIZES") = py::tuple(py::cast(kGroupSizes));

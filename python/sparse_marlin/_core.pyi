@@ -8,6 +8,7 @@ COL_MULTIPLE: int
 QUAD: int
 KEPT_PER_QUAD: int
 MAX_TOKENS: int
+MOST_TOKENS_ALONE: int
 MAX_FEATURES: int
 CHANNELWISE: int
 GROUP_SIZES: tuple[int, ...]
