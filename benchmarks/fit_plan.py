@@ -8,8 +8,9 @@ constants of its own, found by non-linear least squares on the logarithm of the 
 problem weigh most, since the choice is made among them. Constants that few measurements decide stay near those of the
 tile's kernel as a whole, which are fitted first. A second step moves all constants a little so that the choices by them
 cost least: it descends along the gradient of the expected regret, where a plan is chosen with a probability that falls
-with its predicted time. Regrets are those of a choice among the plans that were measured; --held-out N fits to all
-problems but every N-th and tells the regret of those.
+with its predicted time. Every problem counts twice, once with all its plans and once with those of the portable kernel,
+which other GPUs than Hopper's choose among. Regrets are those of a choice among the plans that were measured;
+--held-out N fits to all problems but every N-th and tells the regret of those.
 """
 
 import argparse
@@ -55,6 +56,7 @@ SHARPNESS = 15.0  # a plan 1 / 15 slower than the best one weighs half
 # Of the second step: how much slower a plan is predicted that is chosen a third as often, the weight of the distance
 # from the first step's constants, Adam's steps and their size.
 BLUR, REFINED_HOLD, STEPS, STEP = 0.025, 0.03, 1000, 0.01
+WORST = 10  # regrets that are printed
 HBM3_GB_PER_S = 3352.0  # where a result does not say
 
 
@@ -124,11 +126,14 @@ def predicted(constants: Any, s: Samples) -> Any:
 # Rows of the table: the tiles, then those that add a low-rank correction.
 LOW_RANK = [i for i, tile in enumerate(_core.TILES) if tile.kernel == "decode"]
 TILES = [*_core.TILES, *(_core.TILES[i] for i in LOW_RANK)]
+PORTABLE = "sm80"
 KERNELS = [*(tile.kernel for tile in _core.TILES), *("low rank" for _ in LOW_RANK)]
 
 
 def load(paths: list[Path]) -> tuple[list[dict[int, Samples]], list[dict[str, object]]]:
-    """Samples by row of the table, and the problems. Tiles that share activations have no constants of their own."""
+    """Samples by row of the table, and the problems, each once more among the plans that every GPU has.
+
+    Tiles that share activations have no constants of their own."""
     rows: list[dict[str, object]] = []
     columns: dict[int, list[tuple[object, ...]]] = defaultdict(list)
     tiles = [tile_name(tile) for tile in _core.TILES]
@@ -159,13 +164,14 @@ def load(paths: list[Path]) -> tuple[list[dict[int, Samples]], list[dict[str, ob
                     continue
                 of_table = len(_core.TILES) + LOW_RANK.index(tile) if rank else tile
                 measured.append((of_table, plan.splits, us, _core.effort(problem, device, plan)))
-            if not measured:
-                continue
-            best = min(us for _, _, us, _ in measured)
-            for tile, splits, us, effort in measured:
-                weight = 1 / (1 + SHARPNESS * (us / best - 1))
-                columns[tile].append((len(rows), splits, us, weight, *(getattr(effort, name) for name in EFFORT)))
-            rows.append({**row, "best_us": best})
+            for among in (measured, [plan for plan in measured if KERNELS[plan[0]] == PORTABLE]):
+                if not among:
+                    continue
+                best = min(us for _, _, us, _ in among)
+                for tile, splits, us, effort in among:
+                    weight = 1 / (1 + SHARPNESS * (us / best - 1))
+                    columns[tile].append((len(rows), splits, us, weight, *(getattr(effort, name) for name in EFFORT)))
+                rows.append({**row, "best_us": best, "portable": among is not measured})
     samples = {}
     for tile, values in columns.items():
         problem_of, splits, us, weight, *efforts = zip(*values, strict=True)
@@ -274,18 +280,24 @@ def report(constants: list[np.ndarray], samples: dict[int, Samples], rows: list[
         name = tile_name(TILES[tile])
         for problem, splits, us, guess in zip(s.problem, s.splits, s.us, predicted(constants[tile], s), strict=True):
             choices[problem].append((guess, us, f"{name} splits {splits}"))
-    found = []
-    for problem, plans in choices.items():
-        row = rows[problem]
-        chosen, best = min(plans), min(plans, key=lambda plan: plan[1])
-        found.append((chosen[1] / best[1] - 1, row, chosen, best))
+    for portable in (False, True):
+        found = []
+        for problem, plans in choices.items():
+            row = rows[problem]
+            if row["portable"] is portable:
+                chosen, best = min(plans), min(plans, key=lambda plan: plan[1])
+                found.append((chosen[1] / best[1] - 1, row, chosen, best))
+        if found:
+            report_regrets("the portable kernel's plans alone" if portable else "all plans", found)
+
+
+def report_regrets(title: str, found: list[tuple[float, Any, Any, Any]]) -> None:
     regrets = np.array([each[0] for each in found])
     print(
-        f"{len(found)} problems, {sum(map(len, choices.values()))} plans: regret {regrets.mean():.1%} on average, "
-        f"{np.quantile(regrets, 0.9):.1%} at 90 %, {regrets.max():.1%} at worst, "
-        f"{(regrets <= GOOD).mean():.1%} within {GOOD:.0%}"
+        f"{title}, {len(found)} problems: regret {regrets.mean():.2%} on average, {np.quantile(regrets, 0.9):.1%} at "
+        f"90 %, {regrets.max():.1%} at worst, over {GOOD:.0%} at {(regrets > GOOD).sum()}"
     )
-    for regret, row, chosen, best in sorted(found, key=lambda each: -each[0])[:15]:
+    for regret, row, chosen, best in sorted(found, key=lambda each: -each[0])[:WORST]:
         print(f"  {regret:6.1%}  M={row['m']} {row['k']} -> {row['n']}")
         print(
             f"          {chosen[2]}: {chosen[1]:.2f} us ({chosen[0]:.2f}); {best[2]}: {best[1]:.2f} us ({best[0]:.2f})"
