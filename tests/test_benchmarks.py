@@ -49,7 +49,9 @@ RESULT: dict[str, Any] = {
 # --- programs ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*sorted(p.stem for p in BENCHMARKS.glob("bench_*.py")), "tables", "plots"])
+@pytest.mark.parametrize(
+    "name", [*sorted(p.stem for p in BENCHMARKS.glob("bench_*.py")), "profile_gemm", "tables", "plots"]
+)
 def test_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     needs = {"bench_model": "transformers", "plots": "matplotlib"}
     if name in needs:
