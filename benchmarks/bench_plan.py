@@ -37,18 +37,17 @@ fitted again.
 
 import argparse
 import json
-import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from peer_base import LeftOut
 from peers_torch import CuSparseLt, prune_24
+from plan_problems import LOW_RANK_TOKENS, MODELS, TOKENS, Shape, one_problem, problems, shapes
 from plan_report import report
 from timing import ROTATED_BYTES, Recorded, Recorder, full_precision_sums, machine, tile_name
 from weights import random_slices, several_scales
@@ -56,22 +55,7 @@ from weights import random_slices, several_scales
 from sparse_marlin import _core
 from sparse_marlin.info import planner_device
 
-# hidden size, features of qkv, inner size of the MLP (gate and up are one linear)
-MODELS = {
-    "Llama 1B": (2048, 3072, 8192),
-    "Llama 3B": (3072, 5120, 8192),
-    "Qwen 7B": (3584, 4608, 18944),
-    "Llama 8B": (4096, 6144, 14336),
-    "Qwen 14B": (5120, 7168, 13824),
-    "Qwen 32B": (5120, 7168, 27648),
-    "Llama 70B": (8192, 10240, 28672),
-    "Llama 405B": (16384, 18432, 53248),
-}
-WORLD_SIZES = (1, 2, 4, 8)
-TOKENS = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384]
-LOW_RANK_TOKENS = [1, 2, 4, 6, 8, 12, 16]
-FACTOR_DEVIATION = 0.05
-SMALLEST = 512  # features of either side
+FACTOR_DEVIATION = 0.05  # of the values of a correction's factors: outputs stay within float16
 SPLITS = (-2, -1, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 BEST_OF_KERNEL, FACTOR_OF_KERNEL = 3, 3.0
 GRAPH_US = 800.0
@@ -86,49 +70,6 @@ CONFIRM_REST_US, CONFIRM_REST = 200.0, 0.02  # plans that draw as much power as 
 POOL_BYTES = 1 << 30  # at least
 COMPARED_ELEMENTS = 1 << 22
 WRITE_SECONDS = 10.0  # between two writings of what was measured so far
-
-
-@dataclass(frozen=True)
-class Shape:
-    name: str
-    k: int
-    n: int
-
-
-def shapes() -> list[Shape]:
-    """Every different one once, under the name of the first model that has it."""
-    found: dict[tuple[int, int], Shape] = {}
-    for model, (hidden, qkv, inner) in MODELS.items():
-        for world in WORLD_SIZES:
-            linears = {
-                "qkv": (hidden, qkv // world),
-                "o": (hidden // world, hidden),
-                "gate_up": (hidden, 2 * inner // world),
-                "down": (inner // world, hidden),
-            }
-            for linear, (k, n) in linears.items():
-                if min(k, n) >= SMALLEST:
-                    found.setdefault((k, n), Shape(f"{model} {linear}" + (f" / {world}" if world > 1 else ""), k, n))
-    return list(found.values())
-
-
-def problems(count: int, models: list[str], rank: int) -> list[tuple[int, Shape]]:
-    """(tokens, shape), in rounds of one problem for each number of tokens; the same ones in every run."""
-    tokens = LOW_RANK_TOKENS if rank else TOKENS
-    draw = random.Random(0)
-    wanted = [shape for shape in shapes() if not models or any(shape.name.startswith(model) for model in models)]
-    if models:
-        wanted = [shape for shape in wanted if " / " not in shape.name]
-    decks = {m: draw.sample(wanted, len(wanted)) for m in tokens}
-    rounds = [[(m, decks[m][i]) for m in tokens] for i in range(len(wanted))]
-    for one in rounds:
-        draw.shuffle(one)
-    return [problem for one in rounds for problem in one][:count]
-
-
-def one_problem(text: str) -> tuple[int, Shape]:
-    m, n, k = map(int, text.split(","))
-    return m, Shape(f"{k} -> {n}", k, n)
 
 
 def chosen_plan(problem: _core.Problem, device: _core.Device, rank: int) -> _core.Plan:

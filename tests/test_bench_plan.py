@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_plan
+import plan_problems
 import profile_gemm
 import pytest
 
@@ -83,17 +84,17 @@ def test_candidates_with_a_correction_all_have_it() -> None:
 
 
 def test_problems_are_the_same_in_every_run() -> None:
-    first = bench_plan.problems(50, [], 0)
-    assert first == bench_plan.problems(50, [], 0)
-    assert {m for m, _ in first[: len(bench_plan.TOKENS)]} == set(bench_plan.TOKENS)
-    assert {m for m, _ in bench_plan.problems(50, [], 64)} == set(bench_plan.LOW_RANK_TOKENS)
+    first = plan_problems.problems(50, [], 0)
+    assert first == plan_problems.problems(50, [], 0)
+    assert {m for m, _ in first[: len(plan_problems.TOKENS)]} == set(plan_problems.TOKENS)
+    assert {m for m, _ in plan_problems.problems(50, [], 64)} == set(plan_problems.LOW_RANK_TOKENS)
 
 
 def test_a_problem_from_the_command_line() -> None:
-    m, shape = bench_plan.one_problem("96,5120,13824")
+    m, shape = plan_problems.one_problem("96,5120,13824")
     assert (m, shape.n, shape.k) == (96, 5120, 13824)
     with pytest.raises(ValueError, match="unpack"):
-        bench_plan.one_problem("96,5120")
+        plan_problems.one_problem("96,5120")
 
 
 def test_plans_near_the_best_are_timed_again() -> None:
