@@ -142,8 +142,8 @@ Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
   const double shares = plan.splits < 0 ? e.last_wave * e.turns / col_tiles : e.tiles / splits;
   e.l2_us = shares * (block_weights + block_acts / share(plan.tile)) / kL2BytesPerUsSm;
   e.range_l2_us = e.last_wave * e.range_turns / col_tiles * (block_weights + block_acts) / kL2BytesPerUsSm;
-  if (plan.rank >
-      0) {  // rows of `up` for every tile, of which one block of a cluster adds the correction, and t for every block
+  // Rows of `up` for every tile, of which one block of a cluster adds the correction, and t for every block.
+  if (plan.rank > 0) {
     const double up = e.tiles / splits * tile_n(plan.tile) * plan.rank * kActBytes;
     const double t = (e.full_waves > 0 ? e.resident : e.last_wave) * projected_bytes(problem.m, problem.k, plan.rank);
     e.l2_us += (up + t) / kL2BytesPerUsSm;
