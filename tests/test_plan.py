@@ -89,6 +89,16 @@ def test_the_plan_is_the_candidate_predicted_fastest():
                     assert best.predicted_us <= other.predicted_us
 
 
+def test_activations_are_shared_where_there_are_many_tokens():
+    shared = [i for i, tile in enumerate(_core.TILES) if tile.share > 1]
+    few, many = (_core.Problem(m, 28672, 4096) for m in (_core.MOST_TOKENS_ALONE, 4 * _core.MOST_TOKENS_ALONE))
+    assert _core.explain(few, DEVICES["H100"]).count("rejected, activations are shared from 1025 tokens") == len(shared)
+    assert "activations are shared" not in _core.explain(many, DEVICES["H100"])
+    assert _core.plan(many, DEVICES["H100"]).tile in shared
+    assert _core.plan_with_tile(few, DEVICES["H100"], shared[0]).predicted_us > 0  # who asks for it gets it
+    assert "activations are shared" not in _core.explain(few, DEVICES["A100"])
+
+
 def test_planning_is_pure():
     problem, device = _core.Problem(100, 4096, 4096), DEVICES["A100"]
     first, second = _core.plan(problem, device), _core.plan(problem, device)

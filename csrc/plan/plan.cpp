@@ -243,12 +243,16 @@ Candidate build(const Problem& problem, const Device& device, int tile, int spli
 std::vector<Candidate> candidates(const Problem& problem, const Device& device, int rank = 0) {
   std::vector<Candidate> all;
   for (int tile = rank > 0 ? kFirstTileDecode : 0; tile < kNumTiles; ++tile) {
+    if (share(tile) > 1 && problem.m <= kMostTokensAlone && device.compute_capability == kHopper) {
+      Candidate& left_out = all.emplace_back();
+      left_out.plan.tile = tile;
+      left_out.rejected = "activations are shared from " + std::to_string(kMostTokensAlone + 1) + " tokens";
+      continue;
+    }
     const int64_t blocks =
         ((problem.m + block_m(tile) - 1) / block_m(tile)) * ((problem.n + block_n(tile) - 1) / block_n(tile));
     for (int splits : splits_of(tile)) {
       all.push_back(build(problem, device, tile, splits, rank));
-      if (share(tile) > 1 && problem.m <= kMostTokensAlone && all.back().rejected.empty())
-        all.back().rejected = "activations are shared from " + std::to_string(kMostTokensAlone + 1) + " tokens";
       if (splits > 0 && (!all.back().rejected.empty() || blocks * splits > int64_t{kEnoughBlocks} * device.num_sms))
         break;
     }
