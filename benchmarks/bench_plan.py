@@ -346,6 +346,10 @@ def main() -> int:
         return 0
     if args.resume and not args.out:
         parser.error("--resume: expected --out, the file to go on with")
+    if args.rank % 8 or not 0 <= args.rank <= 128:
+        parser.error(f"--rank: expected a multiple of 8 up to 128, which a launch takes, got {args.rank}")
+    if args.rank and (args.chosen_only or args.cublas or args.cusparselt):
+        parser.error("--rank: expected none of --chosen-only, --cublas, --cusparselt, which have no correction beside")
     torch.manual_seed(0)
     full_precision_sums()
     wanted = args.problem or problems(args.problems, args.models, args.rank)

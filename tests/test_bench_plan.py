@@ -1,6 +1,7 @@
 """The planner's sweeps, their fit, which has the planner's formula, and the profiles."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,25 @@ def test_candidates_with_a_correction_all_have_it() -> None:
     assert plans[0].tile == _core.plan_low_rank(problem, H100, 64).tile
     assert len(plans) > 3
     assert all(plan.rank == 64 for plan in plans)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", "12"], "--rank: expected a multiple of 8 up to 128, which a launch takes, got 12"),
+        (["--rank", "136"], "got 136"),
+        (["--rank", "64", "--cublas"], "--rank: expected none of"),
+        (["--resume"], "--resume: expected --out"),
+        (["--problem", "1,2"], "argument --problem: invalid"),
+    ],
+)
+def test_arguments_are_refused(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_plan.py", *arguments])
+    with pytest.raises(SystemExit):
+        bench_plan.main()
+    assert message in capsys.readouterr().err
 
 
 def test_problems_are_the_same_in_every_run() -> None:
