@@ -8,8 +8,9 @@ constants of its own, found by non-linear least squares on the logarithm of the 
 problem weigh most, since the choice is made among them. Constants that few measurements decide stay near those of the
 tile's kernel as a whole, which are fitted first. A second step moves all constants a little so that the choices by them
 cost least: it descends along the gradient of the expected regret, where a plan is chosen with a probability that falls
-with its predicted time. Every problem counts twice, once with all its plans and once with those of the portable kernel,
-which other GPUs than Hopper's choose among. Regrets are those of a choice among the plans that were measured;
+with its predicted time; errors of the times themselves count a little, or plans that seldom compete would drift to
+times that are far from theirs. Every problem counts twice, once with all its plans and once with those of the portable
+kernel, which other GPUs than Hopper's choose among. Regrets are those of a choice among the plans that were measured;
 --held-out N fits to all problems but every N-th and tells the regret of those.
 """
 
@@ -53,9 +54,9 @@ HIGHEST = {"power": 8.0, "dram": 2.0, "l2": 3.0}
 # Of the distance from the kernel's constants, in units of the error that a measurement may have.
 HOLD, KERNEL_HOLD = 0.02, 0.02
 SHARPNESS = 15.0  # a plan 1 / 15 slower than the best one weighs half
-# Of the second step: how much slower a plan is predicted that is chosen a third as often, the weight of the distance
-# from the first step's constants, Adam's steps and their size.
-BLUR, REFINED_HOLD, STEPS, STEP = 0.025, 0.03, 1000, 0.01
+# Of the second step: how much slower a plan is predicted that is chosen a third as often, the weights of the distance
+# from the first step's constants and of the squared errors of times, Adam's steps and their size.
+BLUR, REFINED_HOLD, REFINED_ERROR, STEPS, STEP = 0.025, 0.03, 0.03, 1000, 0.01
 WORST = 10  # regrets that are printed
 HBM3_GB_PER_S = 3352.0  # where a result does not say
 
@@ -246,10 +247,12 @@ def refined(constants: list[np.ndarray], samples: dict[int, Samples]) -> list[np
     adam = torch.optim.Adam([logs], lr=STEP)
     for _ in range(STEPS):
         adam.zero_grad()
-        odds = -torch.log(predicted(logs.exp()[tile].T, s)) / BLUR
+        guess = torch.log(predicted(logs.exp()[tile].T, s))
+        error = (s.weight * (guess - torch.log(s.us)) ** 2).sum()
+        odds = -guess / BLUR
         odds = torch.exp(odds - of_problem(odds.detach(), "amax"))
         chosen = odds / of_problem(odds, "sum")
-        loss = (chosen * regret).sum() + REFINED_HOLD * ((logs - first) ** 2).sum()
+        loss = (chosen * regret).sum() + REFINED_HOLD * ((logs - first) ** 2).sum() + REFINED_ERROR * error
         loss.backward()
         adam.step()
         with torch.no_grad():

@@ -50,7 +50,11 @@ def test_the_fit_has_the_planners_formula() -> None:
 
 def test_the_table_chooses_well_on_the_committed_sweeps() -> None:
     """What docs/KERNEL_SM90.md says of the planner: whoever changes the formula or the tiles fits the table again."""
-    for paths, portable, mean, over in [(SWEEPS, False, 0.005, 8), (SWEEPS, True, 0.005, 4)]:
+    for paths, portable, mean, over in [
+        (SWEEPS[:1], False, 0.004, 0),
+        (SWEEPS, False, 0.005, 4),
+        (SWEEPS, True, 0.005, 4),
+    ]:
         regrets = []
         for path in paths:
             result = json.loads(path.read_text())
@@ -62,7 +66,7 @@ def test_the_table_chooses_well_on_the_committed_sweeps() -> None:
                         plans.append((_core.plan_with_tile(problem, H100, tile, splits).predicted_us, us))
                 if plans:
                     regrets.append(min(plans)[1] / min(us for _, us in plans) - 1)
-        assert len(regrets) > 490
+        assert len(regrets) >= (330 if len(paths) == 1 else 500)
         assert sum(regrets) / len(regrets) < mean
         assert sum(regret > 0.07 for regret in regrets) <= over
 

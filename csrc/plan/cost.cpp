@@ -86,8 +86,8 @@ void stream(Effort& e, const Plan& plan, double tiles, double col_tiles, double 
 }
 
 // Bytes that stream-K reads from memory again. Otherwise blocks that have the same tokens or features read the same column tiles at
-// the same time; these are at different ones, so that only what L2 keeps as a whole is read once. Weights, which neighbours read,
-// the less so the nearer a range is to whole tiles.
+// the same time; these are at different ones, so that only what L2 keeps as a whole is read once: activations first, which all blocks read,
+// then weights, which neighbours read, the less of them at different times the nearer a range is to whole tiles.
 double read_again(const Device& device, const Plan& plan, double tiles_m, double tiles_n, double tile_acts,
                   double tile_weights) {
   const double tiles = tiles_m * tiles_n, blocks = static_cast<double>(plan.grid);
@@ -95,8 +95,10 @@ double read_again(const Device& device, const Plan& plan, double tiles_m, double
   const double acts = std::min(tiles_m, ceil_div(streamed, tiles_n * kRaster) * kRaster) * tile_acts;
   const double weights = std::min(tiles_n, streamed) * tile_weights;
   const double apart = tiles_m > 1 ? 2 * std::abs(streamed / blocks - std::round(streamed / blocks)) : 0;
-  const double missed = 1 - kL2Kept * static_cast<double>(device.l2_bytes) / (acts + apart * weights);
-  return std::max(0.0, missed) * (streamed * (tile_acts + tile_weights) - acts - weights);
+  const double kept = kL2Kept * static_cast<double>(device.l2_bytes);
+  const auto missed = [](double bytes, double room) { return bytes > room ? 1 - std::max(0.0, room) / bytes : 0; };
+  return missed(acts, kept) * std::max(0.0, streamed * tile_acts - acts) +
+         missed(apart * weights, kept - acts) * std::max(0.0, streamed * tile_weights - weights);
 }
 
 double pow_sum(double work, double dram_us, double l2_us, double power) {
