@@ -346,8 +346,9 @@ def main() -> int:
         return 0
     if args.resume and not args.out:
         parser.error("--resume: expected --out, the file to go on with")
-    if args.rank % 8 or not 0 <= args.rank <= 128:
-        parser.error(f"--rank: expected a multiple of 8 up to 128, which a launch takes, got {args.rank}")
+    if args.rank % _core.RANK_MULTIPLE or not 0 <= args.rank <= _core.MAX_RANK:
+        takes = f"a multiple of {_core.RANK_MULTIPLE} up to {_core.MAX_RANK}"
+        parser.error(f"--rank: expected {takes}, which a launch takes, got {args.rank}")
     if args.rank and (args.chosen_only or args.cublas or args.cusparselt):
         parser.error("--rank: expected none of --chosen-only, --cublas, --cusparselt, which have no correction beside")
     torch.manual_seed(0)

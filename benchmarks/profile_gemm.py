@@ -93,6 +93,8 @@ def launches(problems: list[tuple[int, int, int]]) -> None:
 
 
 def profile(problems: list[tuple[int, int, int]]) -> dict[str, Any]:
+    from timing import command_line
+
     if shutil.which("ncu") is None:
         raise SystemExit("ncu: not found; expected Nsight Compute, which comes with the CUDA Toolkit, on the path")
     metrics = [DURATION, *COLUMNS.values(), *map(stall_metric, STALLS)]
@@ -109,7 +111,7 @@ def profile(problems: list[tuple[int, int, int]]) -> dict[str, Any]:
         measured = read(log.read_text())
     if len(measured) != len(result["problems"]):
         raise SystemExit(f"ncu: expected {len(result['problems'])} launches of our kernels, got {len(measured)}")
-    result["command"] = "python benchmarks/profile_gemm.py"
+    result["command"] = command_line(sys.argv)  # not the one that ncu was given
     for row, values in zip(result["problems"], measured, strict=True):
         row |= values
     return result

@@ -20,7 +20,8 @@ struct Device {
 };
 
 // Up to so many tokens the planner leaves out blocks that share activations: they are slower than the same tile alone by 0 to 5 %. Beyond
-// they are as fast at the limit of power, and faster below it (docs/KERNEL_SM90.md).
+// they are as fast at the limit of power, and seem faster below it. No term of the cost says so: L2 alone would have them win almost everywhere
+// (docs/KERNEL_SM90.md).
 inline constexpr int64_t kMostTokensAlone = 1024;
 
 struct Plan {

@@ -9,6 +9,7 @@
 #include "format/problem.h"
 #include "legacy/marlin_24.h"
 #include "plan/cost.h"
+#include "plan/low_rank.h"
 #include "plan/plan.h"
 #include "plan/tiles.h"
 #include "plan/tiles_all.h"
@@ -86,6 +87,8 @@ void bind_format(py::module_& m) {
   m.attr("MARLIN_24_ROWS") = legacy::kRunRows;  // the old format: features of a run, columns of a step
   m.attr("MARLIN_24_COLS") = format::kStepCols;
   m.attr("MAX_TOKENS") = kMaxTokens;
+  m.attr("MAX_RANK") = kMaxRank;  // of a low-rank correction in the same launch, which is a multiple of the next
+  m.attr("RANK_MULTIPLE") = kProjectRanks;
   m.attr("MOST_TOKENS_ALONE") = kMostTokensAlone;  // up to so many no plan shares activations
   m.attr("MAX_FEATURES") = kMaxFeatures;
   m.attr("CHANNELWISE") = kChannelwise;
