@@ -15,7 +15,7 @@ import statistics
 from pathlib import Path
 
 import torch
-from timing import graph_us
+from timing import graph_us, machine
 
 from sparse_marlin import SparseMarlinLinear, _core, testing
 from sparse_marlin.info import planner_device
@@ -74,8 +74,8 @@ def main() -> None:
             more = f"({corrected / plain - 1:+.0%})"
             print(f"{model} four linears M={tokens:<3} {plain:7.2f} us -> {corrected:7.2f} us  {more}")
     if options.json:
-        about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rank": options.rank}
-        options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        result = {**machine(), "rank": options.rank, "rows": rows}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

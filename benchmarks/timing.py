@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import random
 import shlex
 import statistics
@@ -163,6 +164,19 @@ def command_line(argv: Sequence[str]) -> str:
     return shlex.join(["python", f"benchmarks/{named[0]}", *named[1:]])
 
 
+def commit() -> str:
+    """Of the code that ran: SPARSE_MARLIN_COMMIT, for a copy without a history, or git's, marked where files differ."""
+    given = os.environ.get("SPARSE_MARLIN_COMMIT")
+    if given:
+        return given
+    describe = ("git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    try:
+        run = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
+    return run.stdout.strip() or "unknown"
+
+
 def machine() -> dict[str, object]:
     """What a result depends on besides the code."""
     driver, power_limit = driver_and_power_limit()
@@ -173,5 +187,6 @@ def machine() -> dict[str, object]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "sparse_marlin": sparse_marlin.__version__,
+        "commit": commit(),
         "command": command_line(sys.argv),
     }
