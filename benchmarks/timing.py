@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import random
 import shlex
 import statistics
@@ -14,6 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))  # which has the same for its own records
+
+from commit import commit
 
 import sparse_marlin
 from sparse_marlin import _core
@@ -162,19 +165,6 @@ def command_line(argv: Sequence[str]) -> str:
     """How the program was called, files by their names alone."""
     named = [Path(part).name if "/" in part else part for part in argv]
     return shlex.join(["python", f"benchmarks/{named[0]}", *named[1:]])
-
-
-def commit() -> str:
-    """Of the code that ran: SPARSE_MARLIN_COMMIT, for a copy without a history, or git's, marked where files differ."""
-    given = os.environ.get("SPARSE_MARLIN_COMMIT")
-    if given:
-        return given
-    describe = ("git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
-    try:
-        run = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return "unknown"
-    return run.stdout.strip() or "unknown"
 
 
 def machine() -> dict[str, object]:

@@ -3,7 +3,6 @@
 import importlib
 import json
 import math
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -110,15 +109,6 @@ def test_gemm_says_what_a_library_is_not(
 def test_command_line_names_files_without_their_folders() -> None:
     argv = ["/somewhere/benchmarks/bench_gemm.py", "--shapes", "8B qkv", "--out", "/elsewhere/x.json"]
     assert timing.command_line(argv) == "python benchmarks/bench_gemm.py --shapes '8B qkv' --out x.json"
-
-
-def test_results_say_which_commit_they_are_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARSE_MARLIN_COMMIT", "0123abc")
-    assert timing.commit() == "0123abc"
-    monkeypatch.delenv("SPARSE_MARLIN_COMMIT")
-    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", timing.commit())
-    monkeypatch.setenv("PATH", "")  # a machine without git
-    assert timing.commit() == "unknown"
 
 
 def test_estimate_grows_with_the_work() -> None:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from commit import ROOT, commit
 from sanitize_launches import FEW_BLOCKS, WITHOUT_STREAM_K
-from test_gpu import ROOT, commit
 
 import sparse_marlin
 

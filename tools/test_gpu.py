@@ -16,20 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from commit import ROOT, commit
 
-ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "gpu_tests.json"
-
-
-def commit() -> str:
-    given = os.environ.get("SPARSE_MARLIN_COMMIT")
-    if given:
-        return given
-    try:
-        run = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return "unknown"
-    return run.stdout.strip() or "unknown"
 
 
 def outcomes(junit: Path) -> dict[str, Any]:

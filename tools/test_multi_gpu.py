@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 import torch
-from test_gpu import ROOT, commit, outcomes
+from commit import ROOT, commit
+from test_gpu import outcomes
 
 RECORD = ROOT / "benchmarks" / "results" / "multi_gpu_tests.json"
 RESULTS = "SPARSE_MARLIN_MULTI_GPU_RESULTS"  # folder for what each rank found
