@@ -92,19 +92,42 @@ struct DecodeEpilogue {
       v = add(v, *reinterpret_cast<const float4*>(sums_at<kInRing>(k, token, feature)));
     return v;
   }
+  // Scales of whole channels; with a correction the sums are scaled before it.
+  static constexpr bool kScaledHere = !kLowRank && kMode == ScaleMode::kNone;
+  // Those of the features that this thread finishes, the same ones whatever the vector. Asked for before the main loop: behind it they
+  // would cost a way to memory.
+  __device__ __forceinline__ uint2 fetch_scales(const BlockWork& work) const {
+    static_assert(kThreads % kRowVectors == 0);
+    if (!kScaledHere) return {};
+    const int splits = args.gemm.splits;
+    const int vector = splits > 1 ? thread() * splits + ptx::cluster_block() : thread();
+    const int n = work.tile_n * kTile.block_n() + vector % kRowVectors * kVectorFeatures;
+    if (n + kVectorFeatures > args.gemm.n) return {};
+    return *reinterpret_cast<const uint2*>(static_cast<const Act*>(args.gemm.params.scales) + n);
+  }
+  static __device__ __forceinline__ uint2 some_scales(const Act* scales, int count) {
+    Act some[kVectorFeatures] = {};
+#pragma unroll
+    for (int j = 0; j < kVectorFeatures; ++j)
+      if (j < count) some[j] = scales[j];
+    uint2 bits;
+    memcpy(&bits, some, sizeof(bits));
+    return bits;
+  }
+  static __device__ __forceinline__ float4 times(const float4& v, const uint2& scales) {
+    return {v.x * Pair<Act>::to_float(scales.x), v.y * Pair<Act>::high_to_float(scales.x),
+            v.z * Pair<Act>::to_float(scales.y), v.w * Pair<Act>::high_to_float(scales.y)};
+  }
   // The finished vector i of the tile.
-  __device__ __forceinline__ void store(const BlockWork& work, int i, float4 v) const {
+  __device__ __forceinline__ void store(const BlockWork& work, int i, float4 v, const uint2& fetched) const {
     const KernelArgs& g = args.gemm;
     const int token = work.tile_m * kTile.block_m + i / kRowVectors;
     const int n = work.tile_n * kTile.block_n() + i % kRowVectors * kVectorFeatures;
     if (token >= g.m || n >= g.n) return;
     const int count = min(kVectorFeatures, g.n - n);
-    if (!kLowRank && g.group_size == kChannelwise) {  // with a correction the sums are scaled before it
+    if (kScaledHere) {
       const Act* scales = static_cast<const Act*>(g.params.scales) + n;
-      v.x *= to_float(scales[0]);
-      if (count > 1) v.y *= to_float(scales[1]);
-      if (count > 2) v.z *= to_float(scales[2]);
-      if (count > 3) v.w *= to_float(scales[3]);
+      v = times(v, count == kVectorFeatures ? fetched : some_scales(scales, count));
     }
     const Act* bias = static_cast<const Act*>(g.params.bias);
     store_out(static_cast<Act*>(g.params.out) + static_cast<int64_t>(token) * g.n + n,
@@ -130,7 +153,7 @@ struct DecodeEpilogue {
       }
     }
   }
-  __device__ __forceinline__ void store_owned(const BlockWork& work) const {
+  __device__ __forceinline__ void store_owned(const BlockWork& work, const uint2& fetched) const {
     const int splits = args.gemm.splits, rank = ptx::cluster_block();
     const int slots = args.smem.owned, owned = warp.owned_vectors(rank);
     const float4* from_rank = received();
@@ -140,18 +163,18 @@ struct DecodeEpilogue {
       float4 v = from_rank[i];
 #pragma unroll 1
       for (int from = 1; from < splits; ++from) v = add(v, from_rank[from * slots + i]);
-      store(work, i * splits + rank, v);
+      store(work, i * splits + rank, v, fetched);
     }
   }
 
   // The same, finished and stored or sent.
   template <bool kInRing>
-  __device__ __forceinline__ void finish(const BlockWork& work, int first, int count) const {
+  __device__ __forceinline__ void finish(const BlockWork& work, int first, int count, const uint2& fetched) const {
     if (args.gemm.splits > 1) {
       send<kInRing>(first, count);
     } else {
 #pragma unroll 1
-      for (int i = thread(); i < count; i += kThreads) store(work, first + i, total<kInRing>(i));
+      for (int i = thread(); i < count; i += kThreads) store(work, first + i, total<kInRing>(i), fetched);
     }
   }
   // All warps have read their rows of the correction's factor: those of the block's next tile.
@@ -161,7 +184,8 @@ struct DecodeEpilogue {
     }
   }
 
-  __device__ __forceinline__ void run(const typename Warp::Sums& sums, const BlockWork& work, int tile) const {
+  __device__ __forceinline__ void run(const typename Warp::Sums& sums, const BlockWork& work, int tile,
+                                      const uint2& fetched) const {
     const bool split = args.gemm.splits > 1;
     if (split) ptx::cluster_wait();  // the others' barriers are ready
     const int next = tile + warp.step();
@@ -169,7 +193,7 @@ struct DecodeEpilogue {
 #pragma unroll
       for (int pass = 0; pass < Warp::kBlocks; ++pass) share<true>(sums, pass, pass * kMmaTokens);
       meet();
-      finish<true>(work, 0, args.smem.rows * kRowVectors);
+      finish<true>(work, 0, args.smem.rows * kRowVectors, fetched);
     } else {
 #pragma unroll
       for (int pass = 0; pass < Warp::kBlocks; ++pass) {
@@ -179,12 +203,12 @@ struct DecodeEpilogue {
         share<false>(sums, pass, 0);
         meet();
         if (pass == 0) ask_up(next);
-        finish<false>(work, first * kRowVectors, min(tokens(), args.smem.rows - first) * kRowVectors);
+        finish<false>(work, first * kRowVectors, min(tokens(), args.smem.rows - first) * kRowVectors, fetched);
       }
     }
     if (split) {
       meet();  // what the block keeps
-      store_owned(work);
+      store_owned(work, fetched);
     }
   }
 };

@@ -108,11 +108,12 @@ __global__ void __maxnreg__(max_registers(kTilesDecode[kTileIndex], kBits, kMode
   const End end{args, mine};
   typename Warp::Sums sums;
   for (int tile = mine.first_tile(); tile < args.start.tiles; tile += mine.step()) {
+    const uint2 scales = end.fetch_scales(mine.work(tile));
     mine.run(sums, state, places);
     const BlockWork work = mine.work(tile);
     if constexpr (kLowRank)
       LowRankExpand<Act, Warp, kTile, kMode>{{{args, smem}}}.add(sums, mine, work, tile / mine.step());
-    end.run(sums, work, tile);
+    end.run(sums, work, tile, scales);
   }
   if (idle_warps) ptx::named_barrier_arrive(kEnd, blockDim.x);
 #endif
