@@ -24,14 +24,12 @@ inline constexpr int kUpBoxRanks = kHalfCols;  // ranks of `up` that one tensor 
 constexpr int projected_pitch(int rank) { return round_up(rank, 32) + 8; }
 
 // Shares of k, as a power of 2: a block should not have more columns to read than its warps load at once, about. Every block of the
-// multiplication takes all shares through shared memory, which must not have more of them than its rings can spare. For many tokens
-// they take as much as a stage, which is worth more than a short projection unless k is long.
+// multiplication takes all shares through shared memory, which must not have more of them than its rings can spare.
 constexpr int project_shares_log2(int64_t tokens, int64_t k, int rank) {
-  constexpr int kShareCols = 1024, kMostLog2 = 3, kManyCols = 8192;
-  const int room = tokens > kMmaTokens && k <= kManyCols ? 10 << 10 : 20 << 10;
+  constexpr int kShareCols = 1024, kMostLog2 = 3, kRoom = 20 << 10;
   const int share_bytes = static_cast<int>(tokens) * projected_pitch(rank) * static_cast<int>(sizeof(float));
   int log2 = 0;
-  while (log2 < kMostLog2 && (k >> log2) > kShareCols && share_bytes << (log2 + 1) <= room) ++log2;
+  while (log2 < kMostLog2 && (k >> log2) > kShareCols && share_bytes << (log2 + 1) <= kRoom) ++log2;
   return log2;
 }
 constexpr int project_blocks(int64_t tokens, int64_t k, int rank) {
