@@ -52,7 +52,7 @@ def test_the_fit_has_the_planners_formula() -> None:
     [
         (["plan_h100"], False, None, 330, 0.004, 1),
         (["plan_h100", "plan_h100_models"], False, None, 506, 0.004, 2),
-        # of these only the best few are measured, and none twice
+        # of these the best few are measured, and seldom again
         (["plan_h100", "plan_h100_models"], True, None, 500, 0.005, 9),
         (["plan_h100_rank64"], False, None, 414, 0.011, 15),
         # on another card; the fit has not seen them. For more tokens t has had more shares since.
