@@ -80,8 +80,8 @@ def candidates(problem: _core.Problem, device: _core.Device, rank: int, factor: 
     """The chosen plan first, unless that leaves a correction to two products."""
     chosen = chosen_plan(problem, device, rank)
     first, plans = [chosen] if chosen.rank == rank else [], []
-    for number, tile in enumerate(_core.TILES):
-        if tile.share > 1 and problem.m <= _core.MOST_TOKENS_ALONE:  # the planner leaves them out, too
+    for number in range(len(_core.TILES)):
+        if not _core.may_share(problem, device, number):  # the planner leaves it out, too
             continue
         for splits in SPLITS:
             try:

@@ -1,6 +1,7 @@
 """The planner's sweeps, their fit, which has the planner's formula, and the profiles."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def test_the_table_chooses_well_on_the_committed_sweeps(
             if most_tokens is not None and row["m"] > most_tokens:
                 continue
             problem = _core.Problem(row["m"], row["n"], row["k"])
-            plans = []
+            plans, best = [], math.inf
             for tile, splits, _, us, *_ in row["plans"]:
                 if portable and _core.TILES[tile].kernel != "sm80":
                     continue
@@ -80,16 +81,18 @@ def test_the_table_chooses_well_on_the_committed_sweeps(
                     plan = _core.plan_low_rank_with_tile(problem, H100, rank, tile, splits)
                 else:
                     plan = _core.plan_with_tile(problem, H100, tile, splits)
-                plans.append((plan.predicted_us, us))
+                best = min(best, us)
+                if _core.may_share(problem, H100, tile):  # otherwise the planner leaves it out
+                    plans.append((plan.predicted_us, us))
             if plans:
-                regrets.append(min(plans)[1] / min(us for _, us in plans) - 1)
+                regrets.append(min(plans)[1] / best - 1)
     assert len(regrets) >= problems
     assert sum(regrets) / len(regrets) < mean
     assert sum(regret > 0.07 for regret in regrets) <= over
 
 
 def test_candidates_are_what_the_planner_looks_at() -> None:
-    for m, shares in [(64, {1}), (1024, {1}), (4096, {1, 2})]:
+    for m, shares in [(64, {1}), (1024, {1, 2}), (4096, {1, 2})]:
         problem = _core.Problem(m, 28672, 4096)
         plans = bench_plan.candidates(problem, H100, 0, 1.6, 14)
         assert (plans[0].tile, plans[0].splits) == (_core.plan(problem, H100).tile, _core.plan(problem, H100).splits)

@@ -77,7 +77,7 @@ def test_the_plan_is_the_candidate_predicted_fastest():
     for problem in [_core.Problem(m, 6144, 4096) for m in TOKENS]:
         best = _core.plan(problem, device)
         for tile, chosen in enumerate(_core.TILES):
-            if chosen.share > 1 and problem.m <= _core.MOST_TOKENS_ALONE:  # the planner leaves these out
+            if not _core.may_share(problem, device, tile):  # the planner leaves it out
                 continue
             for splits in (-2, -1, 1, 2, 3, 4, 6, 8, 12, 16):
                 try:
@@ -89,14 +89,27 @@ def test_the_plan_is_the_candidate_predicted_fastest():
                     assert best.predicted_us <= other.predicted_us
 
 
-def test_activations_are_shared_where_there_are_many_tokens():
+def test_activations_are_shared_where_a_block_has_much_to_do():
+    device = DEVICES["H100"]
     shared = [i for i, tile in enumerate(_core.TILES) if tile.share > 1]
-    few, many = (_core.Problem(m, 28672, 4096) for m in (_core.MOST_TOKENS_ALONE, 4 * _core.MOST_TOKENS_ALONE))
-    assert _core.explain(few, DEVICES["H100"]).count("rejected, activations are shared from 1025 tokens") == len(shared)
-    assert "activations are shared" not in _core.explain(many, DEVICES["H100"])
-    assert _core.plan(many, DEVICES["H100"]).tile in shared
-    assert _core.plan_with_tile(few, DEVICES["H100"], shared[0]).predicted_us > 0  # who asks for it gets it
-    assert "activations are shared" not in _core.explain(few, DEVICES["A100"])
+    few, many = _core.Problem(16, 8192, 4096), _core.Problem(4096, 28672, 4096)
+    text = "rejected, activations are not shared by blocks with so little to do"
+    assert _core.explain(few, device).count(text) == len(shared)
+    assert "activations are not shared" not in _core.explain(many, device)
+    assert _core.plan(many, device).tile in shared
+    assert _core.plan_with_tile(few, device, shared[0]).predicted_us > 0  # who asks for it gets it
+
+    wide = next(i for i in shared if (_core.TILES[i].block_m, _core.TILES[i].block_n) == (128, 256))
+    for m, n, k, allowed in [
+        (384, 44 * 256, 96 * 128, False),  # a block for each of 132 SMs, 96 column tiles
+        (384, 44 * 256, 96 * 128 + 4, True),
+        (384, 44 * 256 + 8, 48 * 128, False),  # two rounds
+        (384, 44 * 256 + 8, 49 * 128, True),
+        (256, 44 * 256, 512 * 128, False),
+        (1025, 512, 128, True),
+    ]:
+        assert _core.may_share(_core.Problem(m, n, k), device, wide) is allowed
+        assert _core.may_share(_core.Problem(m, n, k), device, wide - 1)
 
 
 def test_planning_is_pure():

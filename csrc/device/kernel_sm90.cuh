@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
   using Pipeline = PipelineSm90<Act, kBits, kTile, kMode>;
   using Exchange = ExchangeSm90<Consumer, kTile>;
   using End = EpilogueSm90<Act, Consumer, kTile>;
-  extern __shared__ uint8_t shared[];
-  const uint32_t smem = (ptx::smem_address(shared) + kSwizzleAlign - 1) & ~uint32_t{kSwizzleAlign - 1};
+  extern __shared__ __align__(kSwizzleAlign) uint8_t shared[];
+  const uint32_t smem = ptx::smem_address(shared);
   const int splits = args.start.order.splits;
   const Pipeline pipeline{args, smem};
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
@@ -94,6 +94,7 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
       if (pipeline.begins(tile)) ranges.take(sums, tile, place);
       end.store(sums, work, feature0);
     }
+    end.finish();
   }
   if (shares) ptx::cluster_meet();  // shared memory must outlive the other block's arrivals and copies
 #endif

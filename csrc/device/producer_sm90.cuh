@@ -22,6 +22,7 @@ struct ProducerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
     ptx::prefetch_map(&args.weights_map);
     ptx::prefetch_map(args.start.order.tiles_m > 1 ? &args.acts_map : &args.last_map);
     if (kMode != ScaleMode::kNone) ptx::prefetch_map(&args.scales_map);
+    if (args.copies_out) ptx::prefetch_map(&args.out_map);
   }
 
   // Three threads, each of which asks for one thing. They find their way through the tiles by the same code, since it is fetched from

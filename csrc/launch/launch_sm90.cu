@@ -40,6 +40,9 @@ cudaError_t write_maps(device::KernelArgsSm90& args, const Problem& problem, con
   if (status == cudaSuccess && g.tiles_m > 1)
     status = swizzled(g.params.acts, g.m, g.k, g.acts_row, block_m).write(&args.acts_map);
 
+  if (status == cudaSuccess && args.copies_out)
+    status = swizzled(g.params.out, g.m, g.n, g.n, smem.pass_tokens).write(&args.out_map);
+
   const int tile_rows = smem.tile_bytes / kMapRowBytes;
   if (status == cudaSuccess) {
     status =
@@ -94,6 +97,8 @@ cudaError_t launch_sm90(const Problem& problem, const Plan& plan, const device::
         reinterpret_cast<uint64_t*>(reinterpret_cast<char*>(gemm.partials) + plan.grid * range_sums_bytes(tile.size()));
     args.token = launch_token();
   }
+  // where a block has several output tiles, and rows of the output are what a map can describe
+  args.copies_out = tiles > static_cast<int>(plan.grid) / (tile.share * gemm.splits) && gemm.n % kRowElements == 0;
   status = write_maps(args, problem, tile, smem);
   if (status != cudaSuccess) return status;
 

@@ -243,10 +243,10 @@ Candidate build(const Problem& problem, const Device& device, int tile, int spli
 std::vector<Candidate> candidates(const Problem& problem, const Device& device, int rank = 0) {
   std::vector<Candidate> all;
   for (int tile = rank > 0 ? kFirstTileDecode : 0; tile < kNumTiles; ++tile) {
-    if (share(tile) > 1 && problem.m <= kMostTokensAlone && device.compute_capability == kHopper) {
+    if (share(tile) > 1 && !may_share(problem, device, tile)) {
       Candidate& left_out = all.emplace_back();
       left_out.plan.tile = tile;
-      left_out.rejected = "activations are shared from " + std::to_string(kMostTokensAlone + 1) + " tokens";
+      left_out.rejected = "activations are not shared by blocks with so little to do";
       continue;
     }
     const int64_t blocks =
@@ -325,6 +325,14 @@ std::string why_unsupported(const Problem& p, const Device& device) {
            "." + std::to_string(device.compute_capability % 10);
   }
   return {};
+}
+
+bool may_share(const Problem& problem, const Device& device, int tile) {
+  if (share(tile) == 1 || problem.m > kTokensShared) return true;
+  const int64_t tiles_m = (problem.m + block_m(tile) - 1) / block_m(tile);
+  const int64_t tiles_n = (problem.n + tile_n(tile) - 1) / tile_n(tile) * share(tile);
+  const int64_t rounds = (tiles_m * tiles_n + device.num_sms - 1) / device.num_sms;
+  return problem.m > kTokensAlone && rounds * format::col_tiles(problem.k) > kColsAlone;
 }
 
 Plan plan(const Problem& problem, const Device& device) {

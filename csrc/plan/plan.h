@@ -19,11 +19,6 @@ struct Device {
   bool hopper_kernels = true;  // this build holds native code for compute capability 9.0a, without which they are empty
 };
 
-// Up to so many tokens the planner leaves out blocks that share activations: they are slower than the same tile alone by 0 to 5 %. Beyond
-// they are as fast at the limit of power, and seem faster below it. No term of the cost says so: L2 alone would have them win almost everywhere
-// (docs/KERNEL_SM90.md).
-inline constexpr int64_t kMostTokensAlone = 1024;
-
 struct Plan {
   int tile = -1;  // number of the tile (plan/tiles_all.h)
   // Blocks along k that share an output tile; in the portable kernel their sums meet in the workspace. Negative: stream-K, with so
@@ -41,6 +36,14 @@ struct Plan {
   bool dependent =
       true;  // may start before the kernel before it has finished, where the GPU can (device/ptx/dependent_launch.cuh)
 };
+
+// Whether the planner considers blocks that share activations. Against the same tile alone they take 2 to 4 % longer where a block goes through
+// 32 column tiles or fewer, and 1 to 2 % less where it goes through more than 128; up to 256 tokens they gain nothing anywhere (1300 pairs in
+// three sweeps). No term of the cost says so: L2 alone would have them win almost everywhere (docs/KERNEL_SM90.md).
+inline constexpr int64_t kTokensAlone = 256;    // up to so many never,
+inline constexpr int64_t kColsAlone = 96;       // up to so many column tiles a block not, either,
+inline constexpr int64_t kTokensShared = 1024;  // above so many tokens always
+bool may_share(const Problem& problem, const Device& device, int tile);
 
 // Why this problem cannot run on this device (a full sentence part, e.g. "expected a GPU of compute capability 8.0 or higher, got
 // 7.5"), or empty.

@@ -1,4 +1,4 @@
-// Shared memory of a block of the Hopper kernel, in bytes from a 1024-byte boundary: read by the planner, the launcher and the
+// Shared memory of a block of the Hopper kernel, in bytes from its start, a 1024-byte boundary: read by the planner, the launcher and the
 // kernel.
 //   acts      [stage][half][token][64 columns], 128-byte swizzled
 //   weights   [stage] of { row tiles of packed weights | scales [rows][block_n] }
@@ -25,7 +25,7 @@ inline constexpr int kMapRowBytes =
 inline constexpr int kBarrierBytes = 8;
 inline constexpr int kMaxSmemSm90 = 227 << 10;  // a block may have so much on compute capability 9.0
 inline constexpr int kMaxStagesSm90 = 8;
-inline constexpr int kEpilogueTokensSm90 = 64;  // of one pass, at most
+inline constexpr int kEpilogueTokensSm90 = 80;  // of one pass, at most, unless passes would be too short
 inline constexpr int kChunkTokens = 16;         // whose sums of 64 features stay together
 
 struct SmemSm90 {
@@ -45,20 +45,19 @@ struct SmemSm90 {
   int empty;
   int received;
   int team_full;
-  int size;  // with room to align the start
+  int size;
 };
 
 constexpr int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 
-// Equal passes where they are not too short, otherwise the last one is.
+// Equal passes, since a copy of the output takes a whole one.
 constexpr int pass_tokens(int block_m) {
-  const int most = std::min(block_m, kEpilogueTokensSm90);
-  for (int tokens = most; 2 * tokens >= most; tokens -= kChunkTokens)
+  for (int tokens = std::min(block_m, kEpilogueTokensSm90); tokens > kChunkTokens; tokens -= kChunkTokens)
     if (block_m % tokens == 0) return tokens;
-  return most;
+  return block_m;
 }
 
-constexpr int passes(int block_m) { return (block_m + pass_tokens(block_m) - 1) / pass_tokens(block_m); }
+constexpr int passes(int block_m) { return block_m / pass_tokens(block_m); }
 
 constexpr int max_smem(const ShapeSm90& t) {
   constexpr int kPerSm = 228 << 10;  // compute capability 9.0
@@ -75,11 +74,11 @@ constexpr SmemSm90 smem_sm90(const ShapeSm90& t, int num_bits, ScaleMode mode) {
   s.pass_bytes = s.pass_tokens * kSwizzleRowBytes;
   const int slot = t.team_size() * s.pass_bytes;
   const int team_sums = (t.teams - 1) * t.block_m * t.block_n() * static_cast<int>(sizeof(float));
-  const int fixed = (2 * kMaxStagesSm90 + 1 + t.team_size()) * kBarrierBytes + 2 * kSwizzleAlign + team_sums;
-  s.stages = std::min(kMaxStagesSm90, (max_smem(t) - fixed - slot) / (s.acts_bytes + s.weights_bytes));
+  const int room = max_smem(t) - (2 * kMaxStagesSm90 + 1 + t.team_size()) * kBarrierBytes - team_sums;
+  s.stages = std::min(kMaxStagesSm90, (room - kSwizzleAlign - slot) / (s.acts_bytes + s.weights_bytes));
   // a slot for every pass of a tile, as far as stages leave room: a pass then need not wait until another has left
-  s.slots = std::min(t.panels * passes(t.block_m),
-                     (max_smem(t) - fixed - s.stages * (s.acts_bytes + s.weights_bytes)) / slot);
+  const int before = round_up(s.stages * (s.acts_bytes + s.weights_bytes), kSwizzleAlign);
+  s.slots = std::min(t.panels * passes(t.block_m), (room - before) / slot);
   s.staging_bytes = s.slots * s.pass_bytes;
   s.weights = s.stages * s.acts_bytes;
   s.staging = round_up(s.weights + s.stages * s.weights_bytes, kSwizzleAlign);
@@ -88,7 +87,7 @@ constexpr SmemSm90 smem_sm90(const ShapeSm90& t, int num_bits, ScaleMode mode) {
   s.empty = s.full + s.stages * kBarrierBytes;
   s.received = s.empty + s.stages * kBarrierBytes;
   s.team_full = s.received + kBarrierBytes;
-  s.size = s.team_full + t.team_size() * kBarrierBytes + kSwizzleAlign;
+  s.size = s.team_full + t.team_size() * kBarrierBytes;
   return s;
 }
 

@@ -89,7 +89,6 @@ void bind_format(py::module_& m) {
   m.attr("MAX_TOKENS") = kMaxTokens;
   m.attr("MAX_RANK") = kMaxRank;  // of a low-rank correction in the same launch, which is a multiple of the next
   m.attr("RANK_MULTIPLE") = kProjectRanks;
-  m.attr("MOST_TOKENS_ALONE") = kMostTokensAlone;  // up to so many no plan shares activations
   m.attr("MAX_FEATURES") = kMaxFeatures;
   m.attr("CHANNELWISE") = kChannelwise;
   m.attr("GROUP_SIZES") = py::tuple(py::cast(kGroupSizes));
@@ -201,6 +200,8 @@ void bind_planner(py::module_& m) {
   m.def("effort", &effort, py::arg("problem"), py::arg("device"), py::arg("plan"));
   m.def("plan_with_tile", &plan_with_tile, py::arg("problem"), py::arg("device"), py::arg("tile"),
         py::arg("splits") = 0);
+  m.def("may_share", &may_share, py::arg("problem"), py::arg("device"), py::arg("tile"),
+        "Whether the planner considers the tile, of which blocks may share activations.");
   m.def("plan_low_rank", &plan_low_rank, py::arg("problem"), py::arg("device"), py::arg("rank"),
         "The best plan with a low-rank correction in the same launch; where there is none, plan()'s, of rank 0.");
   m.def("plan_low_rank_with_tile", &plan_low_rank_with_tile, py::arg("problem"), py::arg("device"), py::arg("rank"),
