@@ -28,7 +28,7 @@ __device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float low, float hi
 template <typename Act, typename Consumer, ShapeSm90 kTile>
 struct EpilogueSm90 {
   static constexpr int kPassTokens = Consumer::kSmem.pass_tokens;
-  static constexpr int kPasses = passes(kTile.block_m);
+  static constexpr int kPasses = Consumer::kSmem.passes;
   static constexpr int kSlots = Consumer::kSmem.slots;
   static constexpr int kPassChunks = kPassTokens / kChunkTokens;
   static constexpr int kPieceValues = kCopyBytes / kActBytes, kRowPieces = format::kTileRows / kPieceValues;
@@ -79,26 +79,28 @@ struct EpilogueSm90 {
       const RowTerms terms = row_terms(feature);
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
+        constexpr int kLastTokens = kTile.block_m - (kPasses - 1) * kPassTokens;
+        const int chunks = (pass < kPasses - 1 ? kPassTokens : kLastTokens) / kChunkTokens;
         const int i = b * kPasses + pass, first = i % kSlots * kPassChunks, token = token0 + pass * kPassTokens;
         // What was staged here has been read: by a copy, or, with several slots, because all have come to the pass after that one.
-        if (args.copies_out && i == 0) wait_copied();
-        if (args.copies_out && i >= kSlots) wait_copied(i - kSlots);
-        if (i == 0 || kSlots == 1 || (args.copies_out && i >= kSlots)) sync();
+        if (copies_out() && i == 0) wait_copied();
+        if (copies_out() && i >= kSlots) wait_copied(i - kSlots);
+        if (i == 0 || kSlots == 1 || (copies_out() && i >= kSlots)) sync();
 #pragma unroll
-        for (int c = 0; c < kPassChunks; ++c)
-          stage_chunk(sums[b] + (pass * kPassChunks + c) * kChunkSums, terms, first + c);
-        if (args.copies_out) ptx::fence_async_shared();
+        for (int c = 0; c < chunks; ++c) stage_chunk(sums[b] + (pass * kPassChunks + c) * kChunkSums, terms, first + c);
+        if (copies_out()) ptx::fence_async_shared();
         sync();
-        if (args.copies_out) {
+        if (copies_out()) {
           copy_pass(i, first, token, feature);
           continue;
         }
 #pragma unroll 1
-        for (int c = 0; c < kPassChunks; ++c) write_chunk(first + c, token + c * kChunkTokens, feature);
+        for (int c = 0; c < chunks; ++c) write_chunk(first + c, token + c * kChunkTokens, feature);
       }
     }
   }
 
+  __device__ __forceinline__ bool copies_out() const { return equal_passes(kTile, Consumer::kSmem) && args.copies_out; }
   // The warps take turns to ask for copies: the queue of copies is short, and who asks for several waits until the first have left.
   static __device__ __forceinline__ bool asks_for(int pass) {
     constexpr int kWarps = kWarpgroupThreads / format::kLanes;
@@ -119,7 +121,7 @@ struct EpilogueSm90 {
   }
   // Shared memory must outlive the copies that read it.
   __device__ __forceinline__ void finish() const {
-    if (args.copies_out) wait_copied();
+    if (copies_out()) wait_copied();
   }
 
   // Of a tile whose sums are exchanged, the chunks that this block owns; it has no other tile.

@@ -97,8 +97,9 @@ cudaError_t launch_sm90(const Problem& problem, const Plan& plan, const device::
         reinterpret_cast<uint64_t*>(reinterpret_cast<char*>(gemm.partials) + plan.grid * range_sums_bytes(tile.size()));
     args.token = launch_token();
   }
-  // where a block has several output tiles, and rows of the output are what a map can describe
-  args.copies_out = tiles > static_cast<int>(plan.grid) / (tile.share * gemm.splits) && gemm.n % kRowElements == 0;
+  // where a block has several output tiles, and a map can describe the output's rows
+  args.copies_out = equal_passes(tile.size(), smem) && gemm.n % kRowElements == 0 &&
+                    tiles > static_cast<int>(plan.grid) / (tile.share * gemm.splits);
   status = write_maps(args, problem, tile, smem);
   if (status != cudaSuccess) return status;
 

@@ -25,7 +25,8 @@ inline constexpr int kMapRowBytes =
 inline constexpr int kBarrierBytes = 8;
 inline constexpr int kMaxSmemSm90 = 227 << 10;  // a block may have so much on compute capability 9.0
 inline constexpr int kMaxStagesSm90 = 8;
-inline constexpr int kEpilogueTokensSm90 = 80;  // of one pass, at most, unless passes would be too short
+inline constexpr int kEpilogueTokensSm90 = 64;  // of one pass, about
+inline constexpr int kEnoughStagesSm90 = 3;     // more are no faster with many tokens
 inline constexpr int kChunkTokens = 16;         // whose sums of 64 features stay together
 
 struct SmemSm90 {
@@ -33,7 +34,8 @@ struct SmemSm90 {
   int tile_bytes;     // of one row tile of packed weights
   int scales_bytes;   // a stage
   int weights_bytes;  // a stage, scales included
-  int pass_tokens;    // tokens of one pass of the epilogue
+  int pass_tokens;    // tokens of one pass of the epilogue; of the last one the rest
+  int passes;         // of a panel
   int pass_bytes;     // a slot of staging
   int slots;          // of a consumer: passes that may be under way at once
   int staging_bytes;  // a consumer
@@ -50,14 +52,16 @@ struct SmemSm90 {
 
 constexpr int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 
-// Equal passes, since a copy of the output takes a whole one.
-constexpr int pass_tokens(int block_m) {
-  for (int tokens = std::min(block_m, kEpilogueTokensSm90); tokens > kChunkTokens; tokens -= kChunkTokens)
+// Equal passes, since a tensor copy takes a whole one, the largest that are not much longer than kEpilogueTokensSm90.
+constexpr int equal_pass_tokens(int block_m) {
+  for (int tokens = std::min(block_m, kEpilogueTokensSm90 + kChunkTokens); tokens > kChunkTokens;
+       tokens -= kChunkTokens)
     if (block_m % tokens == 0) return tokens;
   return block_m;
 }
 
-constexpr int passes(int block_m) { return block_m / pass_tokens(block_m); }
+// Whether tensor copies can take the output.
+constexpr bool equal_passes(const ShapeSm90& t, const SmemSm90& s) { return t.block_m % s.pass_tokens == 0; }
 
 constexpr int max_smem(const ShapeSm90& t) {
   constexpr int kPerSm = 228 << 10;  // compute capability 9.0
@@ -70,15 +74,20 @@ constexpr SmemSm90 smem_sm90(const ShapeSm90& t, int num_bits, ScaleMode mode) {
   s.tile_bytes = format::tile_bytes(num_bits);
   s.scales_bytes = scale_rows(mode) * t.block_n() * kActBytes;
   s.weights_bytes = t.row_tiles() * s.tile_bytes + s.scales_bytes;
-  s.pass_tokens = pass_tokens(t.block_m);
-  s.pass_bytes = s.pass_tokens * kSwizzleRowBytes;
-  const int slot = t.team_size() * s.pass_bytes;
   const int team_sums = (t.teams - 1) * t.block_m * t.block_n() * static_cast<int>(sizeof(float));
   const int room = max_smem(t) - (2 * kMaxStagesSm90 + 1 + t.team_size()) * kBarrierBytes - team_sums;
-  s.stages = std::min(kMaxStagesSm90, (room - kSwizzleAlign - slot) / (s.acts_bytes + s.weights_bytes));
+  const auto stages_beside = [&](int tokens) {
+    return (room - kSwizzleAlign - t.team_size() * tokens * kSwizzleRowBytes) / (s.acts_bytes + s.weights_bytes);
+  };
+  s.pass_tokens = equal_pass_tokens(t.block_m);
+  if (stages_beside(s.pass_tokens) < kEnoughStagesSm90) s.pass_tokens = kEpilogueTokensSm90;
+  s.passes = (t.block_m + s.pass_tokens - 1) / s.pass_tokens;
+  s.pass_bytes = s.pass_tokens * kSwizzleRowBytes;
+  const int slot = t.team_size() * s.pass_bytes;
+  s.stages = std::min(kMaxStagesSm90, stages_beside(s.pass_tokens));
   // a slot for every pass of a tile, as far as stages leave room: a pass then need not wait until another has left
   const int before = round_up(s.stages * (s.acts_bytes + s.weights_bytes), kSwizzleAlign);
-  s.slots = std::min(t.panels * passes(t.block_m), (room - before) / slot);
+  s.slots = std::min(t.panels * s.passes, (room - before) / slot);
   s.staging_bytes = s.slots * s.pass_bytes;
   s.weights = s.stages * s.acts_bytes;
   s.staging = round_up(s.weights + s.stages * s.weights_bytes, kSwizzleAlign);
