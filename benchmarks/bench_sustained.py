@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,16 @@ READ_MS = 20  # between two readings of clock and power
 
 
 class Meter:
-    """Readings of the first GPU's clock (MHz) and power (W), each with its time."""
+    """Readings of the first GPU's clock (MHz) and power (W), each with its time, while `lines` tells them."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.lines = lines
         self.readings: list[tuple[float, float, float]] = []
-        threading.Thread(target=self.read, daemon=True).start()
+        self.thread = threading.Thread(target=self.read, daemon=True)
+        self.thread.start()
 
     def read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+        for line in self.lines:
             with contextlib.suppress(ValueError):  # what the driver cannot tell
                 clock, power = line.split(", ")
                 self.readings.append((time.monotonic(), float(clock), float(power)))
@@ -62,10 +62,16 @@ class Meter:
 
 @contextlib.contextmanager
 def meter() -> Iterator[Meter]:
+    """Reads nothing where there is no nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw.instant", "--format=csv,noheader,nounits"]
-    with subprocess.Popen([*command, "--id=0", f"--loop-ms={READ_MS}"], stdout=subprocess.PIPE, text=True) as process:
+    try:
+        process = subprocess.Popen([*command, "--id=0", f"--loop-ms={READ_MS}"], stdout=subprocess.PIPE, text=True)
+    except OSError:
+        yield Meter([])
+        return
+    with process:
         try:
-            yield Meter(process)
+            yield Meter(process.stdout or [])
         finally:
             process.terminate()
 

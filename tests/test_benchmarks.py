@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_gemm
+import bench_sustained
 import peers
 import pytest
 import summary
@@ -117,6 +118,22 @@ def test_estimate_grows_with_the_work() -> None:
     rested = bench_gemm.estimate_seconds(parse(["--tokens", "1,4096", "--rest", "1"]), 0)
     assert rested - least > 4 * 2 * bench_gemm.RESTED_ROUNDS  # shapes, contestants
     assert bench_gemm.estimate_seconds(parse([]), 3) > bench_gemm.estimate_seconds(parse([]), 0)
+
+
+def test_the_meter_reads_what_is_told_since() -> None:
+    read = bench_sustained.Meter(["1980, 450.5\n", "[N/A], [N/A]\n", "1500, 700.5\n"])
+    read.thread.join()
+    assert read.mean(0) == (1740, 575.5)
+    assert read.mean(read.readings[-1][0] + 1) == (None, None)
+
+
+def test_a_row_of_a_gpu_without_a_pause() -> None:
+    us = {"rested_us": 30.0, "sustained_us": 40.0}
+    row = {"shape": "8B qkv", "m": 128, "cublas": {**us, "clock_mhz": 1500.0, "power_w": 700.0}}
+    unread = {"rested_us": 15.0, "sustained_us": 16.0, "clock_mhz": None, "power_w": None}
+    shown = bench_sustained.line({**row, "ours": unread})
+    assert "cublas     30.0 us rested,     40.0 sustained, 1500 MHz, 700 W; ours     15.0 us rested" in shown
+    assert shown.endswith("16.0 sustained: 2.50 x")
 
 
 # --- plans and weights ------------------------------------------------------------------------------------------------

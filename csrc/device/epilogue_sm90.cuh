@@ -3,7 +3,7 @@
 //   - each thread takes 16 bytes of a chunk, 16 tokens x 64 features, where a block has one tile: tensor copies end later, a chain of layers is
 //     1 to 2 % slower with them
 //   - tensor copies take a pass each where a block has several tiles, while the next one is multiplied. When all SMs store, memory takes no
-//     more than 20 bytes a clock from each, and the threads waited for that 7 to 9 % of the time of a tile with k = 4096.
+//     more than 20 bytes a clock from each, and the threads waited for that 7 to 8 % of the time of a tile with k = 4096.
 #pragma once
 #include "device/epilogue.cuh"
 #include "device/exchange_sm90.cuh"
