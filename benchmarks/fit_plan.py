@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from plan_report import GOOD
 from scipy.optimize import least_squares
-from timing import tile_name
+from timing import tile_name, tile_numbers
 
 from sparse_marlin import _core
 
@@ -137,14 +137,9 @@ def load(paths: list[Path]) -> tuple[list[dict[int, Samples]], list[dict[str, ob
     Tiles that share activations have no constants of their own."""
     rows: list[dict[str, object]] = []
     columns: dict[int, list[tuple[object, ...]]] = defaultdict(list)
-    tiles = [tile_name(tile) for tile in _core.TILES]
     for path in paths:
         result = json.loads(path.read_text())
-        number = {
-            i: tiles.index(name) + result["tiles"][:i].count(name)
-            for i, name in enumerate(result["tiles"])
-            if name in tiles and _core.TILES[tiles.index(name)].share == 1
-        }
+        number = {old: now for old, now in tile_numbers(result["tiles"]).items() if _core.TILES[now].share == 1}
         device = _core.Device(
             90, result["num_sms"], 227 << 10, 228 << 10, 50 << 20, result.get("dram_gb_per_s", HBM3_GB_PER_S)
         )

@@ -39,6 +39,16 @@ def tile_name(tile: _core.Tile) -> str:
     return f"{tile.block_m}x{tile.block_n} {tile.kernel} share {tile.share}{teams}"
 
 
+def tile_numbers(names: Sequence[str]) -> dict[int, int]:
+    """The numbers that the tiles of a result have now, if they are still there; of the same name, in their order."""
+    now = [tile_name(tile) for tile in _core.TILES]
+    return {
+        i: now.index(name) + names[:i].count(name)
+        for i, name in enumerate(names)
+        if names[: i + 1].count(name) <= now.count(name)
+    }
+
+
 def positive_ints(text: str) -> list[int]:
     """For argparse: positive numbers separated by commas."""
     numbers = [int(part) for part in text.split(",")]

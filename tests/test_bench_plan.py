@@ -10,6 +10,7 @@ import bench_plan
 import plan_problems
 import profile_gemm
 import pytest
+import timing
 
 from sparse_marlin import _core
 
@@ -69,12 +70,14 @@ def test_the_table_chooses_well_on_the_committed_sweeps(
     for name in names:
         result = json.loads((RESULTS / f"{name}.json").read_text())
         rank = result.get("rank", 0)
+        number = timing.tile_numbers(result["tiles"])
         for row in result["problems"]:
             if most_tokens is not None and row["m"] > most_tokens:
                 continue
             problem = _core.Problem(row["m"], row["n"], row["k"])
             plans, best = [], math.inf
-            for tile, splits, _, us, *_ in row["plans"]:
+            for old, splits, _, us, *_ in row["plans"]:
+                tile = number[old]
                 if portable and _core.TILES[tile].kernel != "sm80":
                     continue
                 if rank:
@@ -89,6 +92,15 @@ def test_the_table_chooses_well_on_the_committed_sweeps(
     assert len(regrets) >= problems
     assert sum(regrets) / len(regrets) < mean
     assert sum(regret > 0.07 for regret in regrets) <= over
+
+
+def test_tiles_of_a_result_are_found_by_their_names() -> None:
+    now = [timing.tile_name(tile) for tile in _core.TILES]
+    assert timing.tile_numbers(now) == {i: i for i in range(len(now))}
+    assert max(now.count(name) for name in now) > 1  # tiles that differ in what the name does not say
+    moved = ["1x1 gone share 1", *now[2:], now[0]]
+    assert timing.tile_numbers(moved) == {**dict(enumerate(range(2, len(now)), 1)), len(moved) - 1: 0}
+    assert timing.tile_numbers([now[0]] * (now.count(now[0]) + 1)) == {i: i for i in range(now.count(now[0]))}
 
 
 def test_candidates_are_what_the_planner_looks_at() -> None:
