@@ -70,13 +70,17 @@ def meter() -> Iterator[Meter]:
         yield Meter([])
         return
     with process:
+        found = Meter(process.stdout or [])
         try:
-            yield Meter(process.stdout or [])
+            yield found
         finally:
             process.terminate()
+            found.thread.join()  # reads to the end before the pipe is closed
 
 
-def measure(recorder: Recorder, call: Callable[[int], object], seconds: float, of: Meter) -> dict[str, float | None]:
+def measure(
+    recorder: Recorder, call: Callable[[int], object], seconds: float, readings: Meter
+) -> dict[str, float | None]:
     """Microseconds of one call after a rest and without any, and clock and power without any."""
     with torch.cuda.stream(recorder.stream):
         call(0)  # loads the kernel and what it needs
@@ -90,7 +94,7 @@ def measure(recorder: Recorder, call: Callable[[int], object], seconds: float, o
         found = recorder.times([graph], rounds)[0]
         times.append((time.monotonic(), statistics.mean(found)))
     half = (begin + times[-1][0]) / 2
-    clock, power = of.mean(half)
+    clock, power = readings.mean(half)
     return {
         "rested_us": rested,
         "sustained_us": statistics.mean(us for end, us in times if end >= half),
@@ -117,8 +121,8 @@ def line(row: dict[str, Any]) -> str:
     parts = []
     for key in ("cublas", "ours"):
         r = row[key]
-        meter = "" if r["clock_mhz"] is None else f", {r['clock_mhz']:4.0f} MHz, {r['power_w']:3.0f} W"
-        parts.append(f"{key} {r['rested_us']:8.1f} us rested, {r['sustained_us']:8.1f} sustained{meter}")
+        read = "" if r["clock_mhz"] is None else f", {r['clock_mhz']:4.0f} MHz, {r['power_w']:3.0f} W"
+        parts.append(f"{key} {r['rested_us']:8.1f} us rested, {r['sustained_us']:8.1f} sustained{read}")
     speedup = row["cublas"]["sustained_us"] / row["ours"]["sustained_us"]
     return f"{row['shape']:12} M={row['m']:<5} {'; '.join(parts)}: {speedup:.2f} x"
 
@@ -132,7 +136,7 @@ def main() -> None:
     options = parser.parse_args()
     full_precision_sums()
     rows = []
-    with meter() as of:
+    with meter() as readings:
         for name in options.shapes:
             k, n = SHAPES[name]
             dense = [torch.randn(n, k, device="cuda").half() for _ in range(copies(2 * n * k))]
@@ -143,7 +147,7 @@ def main() -> None:
                 recorder = Recorder()
                 row: dict[str, Any] = {"shape": name, "m": m}
                 for key, call in (("cublas", dense_call(acts, dense)), ("ours", our_call(acts, packed, scales, n))):
-                    row[key] = measure(recorder, call, options.seconds, of)
+                    row[key] = measure(recorder, call, options.seconds, readings)
                 rows.append(row)
                 print(line(row), flush=True)
     for m in options.tokens:

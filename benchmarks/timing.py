@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +42,10 @@ def tile_name(tile: _core.Tile) -> str:
 
 def tile_numbers(names: Sequence[str]) -> dict[int, int]:
     """The numbers that the tiles of a result have now, if they are still there; of the same name, in their order."""
-    now = [tile_name(tile) for tile in _core.TILES]
-    return {
-        i: now.index(name) + names[:i].count(name)
-        for i, name in enumerate(names)
-        if names[: i + 1].count(name) <= now.count(name)
-    }
+    now: dict[str, list[int]] = defaultdict(list)
+    for number, tile in enumerate(_core.TILES):
+        now[tile_name(tile)].append(number)
+    return {i: now[name].pop(0) for i, name in enumerate(names) if now[name]}
 
 
 def positive_ints(text: str) -> list[int]:

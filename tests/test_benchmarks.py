@@ -127,6 +127,12 @@ def test_the_meter_reads_what_is_told_since() -> None:
     assert read.mean(read.readings[-1][0] + 1) == (None, None)
 
 
+def test_without_nvidia_smi_there_are_times_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with bench_sustained.meter() as readings:
+        assert readings.mean(0) == (None, None)
+
+
 def test_a_row_of_a_gpu_without_a_pause() -> None:
     us = {"rested_us": 30.0, "sustained_us": 40.0}
     row = {"shape": "8B qkv", "m": 128, "cublas": {**us, "clock_mhz": 1500.0, "power_w": 700.0}}

@@ -98,6 +98,7 @@ def test_activations_are_shared_where_a_block_has_much_to_do():
     assert "activations are not shared" not in _core.explain(many, device)
     assert _core.plan(many, device).tile in shared
     assert _core.plan_with_tile(few, device, shared[0]).predicted_us > 0  # who asks for it gets it
+    assert "activations are not shared" not in _core.explain(few, DEVICES["A100"])
 
     wide = next(i for i in shared if (_core.TILES[i].block_m, _core.TILES[i].block_n) == (128, 256))
     for m, n, k, allowed in [

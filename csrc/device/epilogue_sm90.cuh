@@ -1,7 +1,7 @@
 // Sums of a consumer warpgroup -> output. A thread holds rows g and g + 8 of its warp's 16 features and token pairs; the output is
 // tokens x features, so 8 x 8 blocks are stored transposed to shared memory, some tokens at a pass. From there
 //   - each thread takes 16 bytes of a chunk, 16 tokens x 64 features, where a block has one tile: tensor copies end later, a chain of layers is
-//     1 to 2 % slower with them
+//     1 to 2 % slower with them; and where no copy can take the output
 //   - tensor copies take a pass each where a block has several tiles, while the next one is multiplied. When all SMs store, memory takes no
 //     more than 20 bytes a clock from each, and the threads waited for that 7 to 8 % of the time of a tile with k = 4096.
 #pragma once

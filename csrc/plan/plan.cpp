@@ -328,7 +328,8 @@ std::string why_unsupported(const Problem& p, const Device& device) {
 }
 
 bool may_share(const Problem& problem, const Device& device, int tile) {
-  if (share(tile) == 1 || problem.m > kTokensShared) return true;
+  // where blocks cannot share at all, that is why such a tile is rejected
+  if (share(tile) == 1 || device.compute_capability != kHopper || problem.m > kTokensShared) return true;
   const int64_t tiles_m = (problem.m + block_m(tile) - 1) / block_m(tile);
   const int64_t tiles_n = (problem.n + tile_n(tile) - 1) / tile_n(tile) * share(tile);
   const int64_t rounds = (tiles_m * tiles_n + device.num_sms - 1) / device.num_sms;

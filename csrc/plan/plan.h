@@ -38,7 +38,7 @@ struct Plan {
 };
 
 // Whether the planner considers blocks that share activations. Against the same tile alone they take 1 to 4 % longer where a block goes through
-// 32 column tiles or fewer, and 1 to 2 % less where it goes through more than 128; up to 256 tokens they gain nothing anywhere (1300 pairs in
+// 32 column tiles or fewer, and 1 to 2 % less where it goes through more than 128; up to 256 tokens they gain nothing (1300 pairs in
 // three sweeps). No term of the cost says so: L2 alone would have them win almost everywhere (docs/KERNEL_SM90.md).
 inline constexpr int64_t kTokensAlone = 256;    // up to so many never,
 inline constexpr int64_t kColsAlone = 96;       // up to so many column tiles a block not, either,

@@ -26,7 +26,7 @@ inline constexpr int kBarrierBytes = 8;
 inline constexpr int kMaxSmemSm90 = 227 << 10;  // a block may have so much on compute capability 9.0
 inline constexpr int kMaxStagesSm90 = 8;
 inline constexpr int kEpilogueTokensSm90 = 64;  // of one pass, about
-inline constexpr int kEnoughStagesSm90 = 3;     // more are no faster with many tokens
+inline constexpr int kEnoughStagesSm90 = 3;     // 176 x 256 with two took 16 to 20 % longer
 inline constexpr int kChunkTokens = 16;         // whose sums of 64 features stay together
 
 struct SmemSm90 {
