@@ -15,7 +15,9 @@ once in a CUDA graph and once as Python runs it. --compile runs all of this thro
 kernels between the linears and takes minutes to start (fewer --layers: less); with --dependent-launch these kernels
 may start before the one before has finished, as the sparse linears do (what TORCHINDUCTOR_ENABLE_PDL=1 sets); with
 --combo-kernels, those that do not depend on each other are joined. All of this holds for both models. --prefetch tells
-the sparse linears which one comes next (`sparse_marlin.enable_prefetch`). Models take turns; the median counts.
+the sparse linears which one comes next (`sparse_marlin.enable_prefetch`). --merge-linears merges those of the sparse
+model that read the same input (`sparse_marlin.merge_linears`), beside a dense LlamaForCausalLM as it is; compare with
+--merged, where both models have them merged. Models take turns; the median counts.
 """
 
 import argparse
@@ -58,7 +60,7 @@ SHAPE: dict[str, Any] = {
     "tie_word_embeddings": False,
     "pad_token_id": 0,  # some id of the vocabulary
 }
-SETTINGS = ("compile", "dependent_launch", "combo_kernels", "merged", "prefetch", "lm_head")
+SETTINGS = ("compile", "dependent_launch", "combo_kernels", "merged", "merge_linears", "prefetch", "lm_head")
 ATTENTION = "fixed_cache"
 ROUNDS = 2
 STEPS = 4  # of decoding, a graph
@@ -165,11 +167,17 @@ class Runner:
 
         return step
 
+    def one_token(self) -> object:
+        ids = torch.zeros((1, 1), dtype=torch.long, device="cuda")
+        return self.forward(ids, ids, FixedCache(self.config, 1, 1, self.dtype))
+
+    def merge(self) -> int:
+        """Merges the sparse linears that read the same input."""
+        return len(sparse_marlin.merge_linears(self.model, self.one_token))
+
     def link(self) -> int:
         """Tells the sparse linears what comes next."""
-        ids = torch.zeros((1, 1), dtype=torch.long, device="cuda")
-        cache = FixedCache(self.config, 1, 1, self.dtype)
-        return sparse_marlin.enable_prefetch(self.model, lambda: self.forward(ids, ids, cache))
+        return sparse_marlin.enable_prefetch(self.model, self.one_token)
 
     def first_token(self, prompt: int) -> Callable[[], object]:
         cache = FixedCache(self.config, 1, prompt, self.dtype)
@@ -281,6 +289,7 @@ def main() -> None:
     parser.add_argument("--dependent-launch", action="store_true", help="for torch.compile's kernels, too")
     parser.add_argument("--combo-kernels", action="store_true", help="let torch.compile join independent kernels")
     parser.add_argument("--merged", action="store_true", help="q, k, v in one linear, gate and up in one")
+    parser.add_argument("--merge-linears", action="store_true", help="in the sparse model alone, by merge_linears")
     parser.add_argument("--prefetch", action="store_true", help="the sparse linears are told which one comes next")
     parser.add_argument("--lm-head", action="store_true", help="the sparse model's lm_head is sparse, too")
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -289,6 +298,8 @@ def main() -> None:
         parser.error("--dependent-launch: expected --compile, whose kernels it is about")
     if args.combo_kernels and not args.compile:
         parser.error("--combo-kernels: expected --compile, whose kernels it is about")
+    if args.merged and args.merge_linears:
+        parser.error("--merge-linears: expected no --merged, whose linears are merged already")
     torch.manual_seed(0)
     full_precision_sums()
     if args.dependent_launch:
@@ -304,6 +315,8 @@ def main() -> None:
         converted = make_sparse(sparse, args.group_size, args.num_bits, args.lm_head)
         torch.cuda.empty_cache()
         runners = {"dense": Runner(dense, args.compile), "sparse": Runner(sparse, args.compile)}
+        if args.merge_linears:
+            print(f"{runners['sparse'].merge()} groups of linears that are multiplied at once")
         for runner in runners.values():
             runner.check()
         if args.prefetch:

@@ -10,6 +10,7 @@ from .checkpoint import from_pretrained, load_checkpoint, save_checkpoint
 from .compress import compress
 from .info import info
 from .linear import SparseMarlinLinear
+from .merge import merge_linears, unmerge_linears
 from .ops import pack_24_weights, sparse_marlin_gemm, unpack_24_weights
 from .prefetch import disable_prefetch, enable_prefetch
 from .replace import replace_linears
@@ -28,6 +29,7 @@ __all__ = [
     "info",
     "legacy",
     "load_checkpoint",
+    "merge_linears",
     "pack_24_weights",
     "parallel",
     "replace_linears",
@@ -35,5 +37,6 @@ __all__ = [
     "sharded_loading",
     "sparse_marlin_gemm",
     "tgi",
+    "unmerge_linears",
     "unpack_24_weights",
 ]

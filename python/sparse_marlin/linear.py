@@ -101,25 +101,16 @@ class SparseMarlinLinear(nn.Module):
             raise ValueError(
                 f"SparseMarlinLinear: x: expected [..., {self.in_features}] (in_features), got {list(x.shape)}"
             )
+        if not torch.jit.is_scripting():
+            return multiply(self, x)
         up, down = self.correction_up, self.correction_down
         if up is not None and down is not None:
             return torch.ops.sparse_marlin.sparse_marlin_gemm_low_rank(
                 x, self.weight_packed, self.scales, down, up, self.group_size, self.num_bits, self.bias
             )
-        if not torch.jit.is_scripting():
-            following = self._following_weight()
-            if following is not None and following.device == x.device:
-                return torch.ops.sparse_marlin.sparse_marlin_gemm_prefetch(
-                    x, self.weight_packed, self.scales, following, self.group_size, self.num_bits, self.bias
-                )
         return torch.ops.sparse_marlin.sparse_marlin_gemm(
             x, self.weight_packed, self.scales, self.group_size, self.num_bits, self.bias
         )
-
-    @torch.jit.unused
-    def _following_weight(self) -> torch.Tensor | None:
-        """The packed weight that is read after this one, where `enable_prefetch` has said which that is."""
-        return self._following[0].weight_packed if self._following else None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of one layer must not be a copy of all that follow it.
@@ -305,6 +296,28 @@ class SparseMarlinLinear(nn.Module):
             if not given.is_meta and not bool(torch.isfinite(given).all()):
                 return f"{name}: expected finite values, got NaN or infinity; the checkpoint is damaged"
         return None
+
+
+# Overloads, not packets of them, which choose anew at every call and take a sixth of its time.
+_gemm = torch.ops.sparse_marlin.sparse_marlin_gemm.default
+_gemm_prefetch = torch.ops.sparse_marlin.sparse_marlin_gemm_prefetch.default
+_gemm_low_rank = torch.ops.sparse_marlin.sparse_marlin_gemm_low_rank.default
+
+
+def multiply(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """The product of a layer, which is a SparseMarlinLinear or a merge.MergedWeight, as Python runs it. `_following`:
+    whose packed weight is read after this one, where `enable_prefetch` has said so."""
+    weight, scales, bias, group_size, num_bits = (
+        layer.weight_packed, layer.scales, layer.bias, layer.group_size, layer.num_bits,
+    )  # fmt: skip
+    if layer.rank:
+        down, up = layer.correction_down, layer.correction_up
+        return _gemm_low_rank(x, weight, scales, down, up, group_size, num_bits, bias)
+    if layer._following:
+        following = layer._following[0].weight_packed
+        if following.device == x.device:
+            return _gemm_prefetch(x, weight, scales, following, group_size, num_bits, bias)
+    return _gemm(x, weight, scales, group_size, num_bits, bias)
 
 
 def _check_geometry(name: str, in_features: int, out_features: int, group_size: int, num_bits: int) -> None:
