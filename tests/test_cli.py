@@ -66,9 +66,13 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_code_of_the_readme_runs(model_folder, capsys):
-    whole_model, weights_from_elsewhere = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    whole_model, weights_from_elsewhere, faster = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     name = re.search(r'^name = "(.*)"', whole_model, re.MULTILINE).group(1)
-    exec(whole_model.replace(name, str(model_folder)), {})
+    here: dict[str, object] = {}
+    exec(whole_model.replace(name, str(model_folder)), here)
+    exec(faster, here)
+    names = {type(module).__name__ for module in here["model"].modules()}
+    assert names >= {"MergedWeight", "SparseMarlinLinear"}
     assert "14 of 15 linear layers converted" in capsys.readouterr().out
     codes = smt.random_codes(72, 384)
     names = {"torch": torch, "sparse_marlin": sparse_marlin, "codes": codes, "scales": smt.random_scales(72, 384)}
