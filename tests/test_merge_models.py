@@ -6,12 +6,14 @@ import pickle
 import compress_models
 import pytest
 import torch
+from distributed_helpers import run_processes, tiny_llama
 from test_merge import Block, inputs, merged
 from test_prefetch import HINTED, PLAIN, called
 
 import sparse_marlin
 from sparse_marlin import testing as smt
 from sparse_marlin.merge import MergedPart
+from sparse_marlin.parallel import tensor_parallel
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
@@ -142,3 +144,39 @@ def test_torchscript_takes_them_apart(device):
     scripted = torch.jit.script(copy.deepcopy(model))
     assert str(scripted.k.forward.graph).count(f"sparse_marlin::{PLAIN}(") == 1
     torch.testing.assert_close(scripted(x), wanted, rtol=2e-2, atol=2e-2)
+
+
+IDS = torch.arange(1, 19).view(2, 9)
+
+
+@torch.no_grad()
+def cut_and_merged():
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=r"^tensor_parallel: model: .*, got merged ones; call unmerge_linears"):
+        tensor_parallel(merge_all(copy.deepcopy(model)))
+    tensor_parallel(model)
+    return sparse_marlin.merge_linears(model, lambda: model(IDS)), model(IDS).logits
+
+
+def merge_all(model):
+    assert sparse_marlin.merge_linears(model, lambda: model(IDS))
+    return model
+
+
+@pytest.mark.timeout(300)
+@torch.no_grad()
+def test_parts_of_a_model_that_processes_share_out():
+    wanted = tiny_llama()(IDS).logits
+    for groups, logits in run_processes(2, cut_and_merged):
+        assert [len(group) for group in groups] == [3, 2] * 2
+        assert groups[0][0] == "model.layers.0.self_attn.q_proj.linear"
+        torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_merged_layer_takes_no_other_tensor():
+    model = merged(Block(bias=True), inputs())
+    for name in ("weight_packed", "scales", "bias"):
+        with pytest.raises(AttributeError, match=rf"{name}: expected no other tensor .*copy_.*unmerge_linears"):
+            setattr(model.k, name, getattr(model.k, name).clone())
+    model.k.eval()
+    assert not model.k.training

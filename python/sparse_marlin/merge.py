@@ -175,6 +175,14 @@ class MergedPart(SparseMarlinLinear):
             )
         return self.merged.part_of_product(self._part, x)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight_packed", "scales", "bias"):
+            raise AttributeError(
+                f"SparseMarlinLinear: {name}: expected no other tensor for a layer that is merged with others; copy "
+                "into this one with copy_(), or call unmerge_linears(model) first"
+            )
+        super().__setattr__(name, value)
+
     def _tensors(self) -> dict[str, torch.Tensor]:
         found = {"weight_packed": self.weight_packed, "scales": self.scales, "bias": self.bias}
         return {name: tensor for name, tensor in found.items() if tensor is not None}

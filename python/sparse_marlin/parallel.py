@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .linear import SparseMarlinLinear
+from .merge import MergedPart
 from .model import default_device
 from .replace import module_bytes
 from .shard_plan import Cut, Range, ShardPlan, linear_sizes, make_plan, split_layer
@@ -325,11 +326,16 @@ def tensor_parallel(model: nn.Module, group: Group = None) -> ParallelReport:
     rank with the same inputs, and gives every rank the whole result. Save a model before it is cut.
 
     Raises:
-        ValueError: a model without such a plan, or one that is cut already. The model is left as it was.
+        ValueError: a model without such a plan, or one that is merged or cut already. The model is left as it was.
     """
     rank, world_size = rank_and_size(group)
     if is_cut(model):
         raise ValueError("tensor_parallel: model: expected a whole model, got one that is cut already")
+    if any(isinstance(module, MergedPart) for module in model.modules()):
+        raise ValueError(
+            "tensor_parallel: model: expected layers with weights of their own, got merged ones; call "
+            "unmerge_linears(model) first, and merge_linears again for the parts"
+        )
     before = module_bytes(model)
     plan = make_plan(model, world_size)
     made: dict[str, nn.Module] = {
