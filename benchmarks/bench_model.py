@@ -17,7 +17,8 @@ may start before the one before has finished, as the sparse linears do (what TOR
 --combo-kernels, those that do not depend on each other are joined. All of this holds for both models. --prefetch tells
 the sparse linears which one comes next (`sparse_marlin.enable_prefetch`). --merge-linears merges those of the sparse
 model that read the same input (`sparse_marlin.merge_linears`), beside a dense LlamaForCausalLM as it is; compare with
---merged, where both models have them merged. Models take turns; the median counts.
+--merged, where both models have them merged. --rank adds a low-rank correction to every sparse linear, with one first
+factor for those that read the same input. Models take turns; the median counts.
 """
 
 import argparse
@@ -63,6 +64,7 @@ SHAPE: dict[str, Any] = {
 SETTINGS = ("compile", "dependent_launch", "combo_kernels", "merged", "merge_linears", "prefetch", "lm_head")
 ATTENTION = "fixed_cache"
 ROUNDS = 2
+FACTOR_DEVIATION = 0.05  # of the values of a correction's factors: outputs stay within float16
 STEPS = 4  # of decoding, a graph
 EAGER_CALLS = 8
 
@@ -118,28 +120,38 @@ def dense_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
         torch.set_default_dtype(before)
 
 
-def random_layer(linear: torch.nn.Linear, group_size: int, num_bits: int) -> SparseMarlinLinear:
+def random_layer(linear: torch.nn.Linear, group_size: int, num_bits: int, rank: int) -> SparseMarlinLinear:
     k, n, dtype = linear.in_features, linear.out_features, linear.weight.dtype
     layer = SparseMarlinLinear(
-        k, n, bias=False, group_size=group_size, num_bits=num_bits, device="meta", dtype=dtype
+        k, n, bias=False, group_size=group_size, num_bits=num_bits, rank=rank, device="meta", dtype=dtype
     ).eval()
     layer.weight_packed = random_packed(n, k, num_bits)
     layer.scales = random_scales(n, k, group_size, num_bits, dtype)
+    if rank:  # equal values of `down` for equal k, each layer's in memory of its own
+        same = torch.Generator("cuda").manual_seed(k)
+        down = torch.randn(rank, k, device="cuda", dtype=dtype, generator=same)
+        layer.correction_down = down * FACTOR_DEVIATION
+        layer.correction_up = torch.randn(n, rank, device="cuda", dtype=dtype) * FACTOR_DEVIATION
     return layer
 
 
-def make_sparse(model: PreTrainedModel, group_size: int, num_bits: int, lm_head: bool = False) -> int:
+def make_sparse(model: PreTrainedModel, group_size: int, num_bits: int, lm_head: bool = False, rank: int = 0) -> int:
     """Replaces what `replace_linears` would; checks one layer of each shape against float64."""
     checked = set()
     found = survey(model, ignore=()) if lm_head else survey(model)
     chosen = [candidate for candidate in found if candidate.reason is None]
     for candidate in chosen:
         assert isinstance(candidate.module, torch.nn.Linear)
-        layer = random_layer(candidate.module, group_size, num_bits)
+        layer = random_layer(candidate.module, group_size, num_bits, rank)
         if candidate.shape not in checked:
             checked.add(candidate.shape)
             a = torch.randn(17, layer.in_features, device="cuda", dtype=layer.scales.dtype)
-            check_rows(a, layer(a), layer.weight_packed, layer.scales, group_size, num_bits)
+            weight = (layer.weight_packed, layer.scales, group_size, num_bits)
+            out = sparse_marlin.sparse_marlin_gemm(a, *weight)
+            check_rows(a, out, *weight)
+            if layer.correction_down is not None and layer.correction_up is not None:
+                out = out + a @ layer.correction_down.t() @ layer.correction_up.t()
+            torch.testing.assert_close(layer(a), out, rtol=1e-2, atol=1e-2 * float(out.abs().max()))
         for parent, attribute in candidate.places:
             setattr(parent, attribute, layer)
     return len(chosen)
@@ -260,7 +272,8 @@ def measure(runners: dict[str, Runner], args: argparse.Namespace) -> list[dict[s
 def print_table(result: dict[str, object], rows: list[dict[str, object]]) -> None:
     table = Table(
         title=f"{result['gpu']}, {result['layers']} layers, {result['dtype']} against {result['num_bits']} bits, "
-        f"group {result['group_size']}" + "".join(f", {name}" for name in SETTINGS if result[name])
+        f"group {result['group_size']}, rank {result['rank']}"
+        + "".join(f", {name}" for name in SETTINGS if result[name])
     )
     for column in ("what", "batch", "tokens", "dense ms", "sparse ms", "x", "dense tokens/s", "sparse tokens/s"):
         table.add_column(column, justify="left" if column == "what" else "right")
@@ -289,6 +302,7 @@ def main() -> None:
     parser.add_argument("--dependent-launch", action="store_true", help="for torch.compile's kernels, too")
     parser.add_argument("--combo-kernels", action="store_true", help="let torch.compile join independent kernels")
     parser.add_argument("--merged", action="store_true", help="q, k, v in one linear, gate and up in one")
+    parser.add_argument("--rank", type=int, default=0, help="of a low-rank correction of the sparse linears")
     parser.add_argument("--merge-linears", action="store_true", help="in the sparse model alone, by merge_linears")
     parser.add_argument("--prefetch", action="store_true", help="the sparse linears are told which one comes next")
     parser.add_argument("--lm-head", action="store_true", help="the sparse model's lm_head is sparse, too")
@@ -312,7 +326,7 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     with torch.no_grad():
         dense, sparse = dense_model(config, dtype), dense_model(config, dtype)
-        converted = make_sparse(sparse, args.group_size, args.num_bits, args.lm_head)
+        converted = make_sparse(sparse, args.group_size, args.num_bits, args.lm_head, args.rank)
         torch.cuda.empty_cache()
         runners = {"dense": Runner(dense, args.compile), "sparse": Runner(sparse, args.compile)}
         if args.merge_linears:
@@ -328,6 +342,7 @@ def main() -> None:
         "dtype": args.dtype,
         "num_bits": args.num_bits,
         "group_size": args.group_size,
+        "rank": args.rank,
         "layers": args.layers,
         "linears": converted,
         **{name: getattr(args, name) for name in SETTINGS},

@@ -8,6 +8,7 @@ import torch
 from compress_models import llama, logits, same, tensors, tokens
 from torch import nn
 
+import sparse_marlin
 from sparse_marlin import SparseMarlinLinear, compress, replace_linears
 from sparse_marlin.compress import QUALITIES, layerwise
 from sparse_marlin.compress.blocks import find_blocks, shared_inputs
@@ -215,6 +216,27 @@ def test_correction_lowers_the_error_and_belongs_to_the_layer():
     # The reported error is that of what the layer computes.
     x = torch.randn(50, 64)
     torch.testing.assert_close(layer(x), layer.to_linear()(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_shared_correction_can_be_merged():
+    settings = {"intermediate_size": 128, "num_key_value_heads": 4}
+    own, shared = llama(**settings), llama(**settings)
+    first = compress(own, tokens(), group_size=32, rank=8)
+    report = compress(shared, tokens(), group_size=32, rank=8, shared_correction=True, scale_dtype=torch.bfloat16)
+    assert "shared correction of rank 8" in report.method
+    assert first.mean_output_error < report.mean_output_error < 1.5 * first.mean_output_error
+    layer = shared.model.layers[1]
+    attention, mlp = layer.self_attn, layer.mlp
+    for group in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+        assert all(torch.equal(one.correction_down, group[0].correction_down) for one in group)
+        assert not torch.equal(group[0].correction_up[:64], group[1].correction_up[:64])
+    assert not torch.equal(attention.q_proj.correction_down, mlp.up_proj.correction_down)
+    ids = tokens(2)
+    wanted = logits(shared, ids)
+    groups = sparse_marlin.merge_linears(shared.to(torch.bfloat16), lambda: shared(ids))
+    assert [len(group) for group in groups] == [3, 2] * 2
+    torch.testing.assert_close(logits(shared, ids).float(), wanted.float(), rtol=0.1, atol=0.1)
+    assert sparse_marlin.merge_linears(own, lambda: own(ids)) == []
 
 
 def test_sixteen_bit_scales_survive_a_change_of_dtype():

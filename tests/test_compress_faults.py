@@ -64,6 +64,7 @@ def overflow(model):
         (None, {"group_size": 48}, ValueError, "group_size: expected one of"),
         (None, {"num_bits": 3}, ValueError, "num_bits: expected one of"),
         (None, {"rank": -1}, ValueError, "rank: expected 0"),
+        (None, {"shared_correction": True}, ValueError, "shared_correction: expected a rank > 0 .*, got rank=0"),
         (None, {"max_error": 0.0}, ValueError, "max_error: expected a number > 0"),
         (None, {"fallback": "int8"}, ValueError, "fallback: expected one of dense, int4"),
         (None, {"calibration": torch.zeros(0, 8, dtype=torch.long)}, ValueError, "at least one sequence of 8 tokens"),

@@ -353,6 +353,25 @@ def test_correction_takes_more_than_its_share_of_the_error():
     assert errors[1] < 0.9 * errors[0]
 
 
+def test_a_shared_correction_is_the_best_one_of_its_rank():
+    weight, hessian, _ = correlated(0, 1.0, size_k=96, size_n=64, tokens=2048)
+    problem = problem_of(weight, hessian)
+    solution = SOLVERS["magnitude"](problem)
+    rows, lower = [slice(0, 48), slice(48, 64)], problem.hessian.lower
+    error = problem.target - solution.values(problem)
+    values = torch.linalg.svdvals(error.t() @ lower).square()
+    for rank in (4, 16):
+        _, own = corrected(problem, solution, rows, rank, turns=0)
+        _, shared = corrected(problem, solution, rows, rank, shared=True, turns=0)
+        assert shared[0][1] is shared[1][1]
+        assert [up.shape[0] for up, _ in shared] == [48, 16]
+        left = [
+            float(((error.t() - torch.cat([up @ down for up, down in found])) @ lower).square().sum())
+            for found in (own, shared)
+        ]
+        assert left[0] <= left[1] == pytest.approx(float(values[rank:].sum()), rel=2e-3)
+
+
 # --- what the CPU has operators for -----------------------------------------------------------------------------------
 
 

@@ -180,3 +180,23 @@ def test_a_merged_layer_takes_no_other_tensor():
             setattr(model.k, name, getattr(model.k, name).clone())
     model.k.eval()
     assert not model.k.training
+
+
+def test_layers_with_one_correction(device, tmp_path):
+    x = inputs(device)
+    plain = Block(device=device, rank=8)
+    before = {key: value.clone() for key, value in plain.state_dict().items()}
+    model = merged(copy.deepcopy(plain), x)
+    assert called(model, x)[1] == ["sparse_marlin_gemm_low_rank"] * 4
+    torch.testing.assert_close(model(x), plain(x), rtol=2e-2, atol=2e-2)
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    model.load_state_dict(before)
+    wrong = {**before, "k.correction_down": before["k.correction_down"] * 2}
+    with pytest.raises(RuntimeError, match=r"k: correction_down: expected the one .* share, got another; call unmerge"):
+        model.load_state_dict(wrong)
+    sparse_marlin.unmerge_linears(model)
+    model.load_state_dict(wrong)
+    plain.load_state_dict(wrong)
+    smt.assert_same_bits(model(x), plain(x), "taken apart")
+    assert sparse_marlin.merge_linears(model, lambda: model(x)) == [("gate", "up")], "k has another correction now"

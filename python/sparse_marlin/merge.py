@@ -23,10 +23,11 @@ def merge_linears(model: nn.Module, run: Callable[[], object]) -> list[tuple[str
 
     `run` is called and must run the model as it will be used, e.g. `lambda: model(tokens)`. From that is taken which
     layers belong together: those that run one after the other on the same tensor, every time. They need equal
-    `group_size`, `num_bits`, dtype and device, all a bias or none, no low-rank correction, and `out_features` that are
-    multiples of 64 (the last one's may be any). Other layers are left as they are. At the end `run` is called once
-    more; if something in the model does not take the merged layers' outputs, which are columns of one tensor, it fails
-    there, and all is undone.
+    `group_size`, `num_bits`, dtype and device, all a bias or none, no low-rank correction or one with the same
+    `correction_down` (as `compress` makes them with `shared_correction`), and `out_features` that are multiples of 64
+    (the last one's may be any). Other layers are left as they are. At the end `run` is called once more; if something
+    in the model does not take the merged layers' outputs, which are columns of one tensor, it fails there, and all is
+    undone.
 
     The layers keep their names, attributes and part of `state_dict`; their weights are views of the merged one. A layer
     that runs alone costs as much as its group. Results are those of one layer with all outputs, which the kernels may
@@ -88,20 +89,25 @@ class MergedWeight(nn.Module):
     """The weights, scales and biases of several layers, one below the other. A submodule of every one of them; its
     tensors are in their state_dicts, not in its own."""
 
-    rank = 0  # of a low-rank correction
     weight_packed: torch.Tensor
     scales: torch.Tensor
+    correction_up: torch.Tensor | None
+    correction_down: torch.Tensor | None
 
     def __init__(self, layers: list[SparseMarlinLinear]) -> None:
         super().__init__()
         first = layers[0]
         self.in_features, self.group_size, self.num_bits = first.in_features, first.group_size, first.num_bits
+        self.rank = first.rank
         self.lengths = tuple(layer.out_features for layer in layers)
         self.starts = tuple(itertools.accumulate(self.lengths[:-1], initial=0))
         self._following: tuple[nn.Module, ...] = ()  # as in SparseMarlinLinear
         self._kept = Kept()
         self.register_buffer("weight_packed", torch.cat([layer.weight_packed for layer in layers]), persistent=False)
         self.register_buffer("scales", torch.cat([layer.scales for layer in layers], dim=1), persistent=False)
+        ups = [layer.correction_up for layer in layers if layer.correction_up is not None]
+        self.register_buffer("correction_up", torch.cat(ups) if ups else None, persistent=False)
+        self.register_buffer("correction_down", first.correction_down, persistent=False)
         biases = [layer.bias for layer in layers if layer.bias is not None]
         if biases:
             self.bias = nn.Parameter(torch.cat([b.detach() for b in biases]), requires_grad=biases[0].requires_grad)
@@ -147,6 +153,10 @@ class MergedWeight(nn.Module):
         return f"in_features={self.in_features}, out_features={sum(self.lengths)}, of {len(self.lengths)} layers"
 
 
+_BUFFERS = ("weight_packed", "scales", "correction_up", "correction_down")
+_TENSORS = ("bias", *_BUFFERS)  # in the order of a state_dict
+
+
 class MergedPart(SparseMarlinLinear):
     """A layer whose weight is rows of a merged one. `merge_linears` makes a SparseMarlinLinear into one, in place."""
 
@@ -164,6 +174,15 @@ class MergedPart(SparseMarlinLinear):
         return self.merged.scales.narrow(1, self.merged.starts[self._part], self.out_features)
 
     @property
+    def correction_up(self) -> torch.Tensor | None:  # type: ignore[override]
+        whole = self.merged.correction_up
+        return None if whole is None else whole.narrow(0, self.merged.starts[self._part], self.out_features)
+
+    @property
+    def correction_down(self) -> torch.Tensor | None:  # type: ignore[override]
+        return self.merged.correction_down
+
+    @property
     def bias(self) -> torch.Tensor | None:  # type: ignore[override]
         whole = self.merged.bias
         return None if whole is None else whole.narrow(0, self.merged.starts[self._part], self.out_features)
@@ -176,7 +195,7 @@ class MergedPart(SparseMarlinLinear):
         return self.merged.part_of_product(self._part, x)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("weight_packed", "scales", "bias"):
+        if name in _TENSORS:
             raise AttributeError(
                 f"SparseMarlinLinear: {name}: expected no other tensor for a layer that is merged with others; copy "
                 "into this one with copy_(), or call unmerge_linears(model) first"
@@ -184,7 +203,7 @@ class MergedPart(SparseMarlinLinear):
         super().__setattr__(name, value)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        found = {"weight_packed": self.weight_packed, "scales": self.scales, "bias": self.bias}
+        found = {name: getattr(self, name) for name in _TENSORS}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -216,13 +235,25 @@ class MergedPart(SparseMarlinLinear):
             here = {key for key in state_dict if key.startswith(prefix)}
             unexpected_keys += sorted(here - {prefix + name for name in mine})
 
+    def _loading_problem(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> str | None:
+        problem = super()._loading_problem(state_dict, prefix, local_metadata)
+        mine, given = self.correction_down, state_dict.get(prefix + "correction_down")
+        if problem is None and mine is not None and given is not None and not torch.equal(mine, given.to(mine)):
+            return (
+                "correction_down: expected the one that the merged layers share, got another; "
+                "call unmerge_linears(model) first"
+            )
+        return problem
+
     def _alone(self) -> SparseMarlinLinear:
         """A layer of the same weight, in the same memory where that has no gaps."""
         layer = SparseMarlinLinear(
             self.in_features, self.out_features, bias=False, group_size=self.group_size, num_bits=self.num_bits,
-            device="meta", dtype=self.scales.dtype,
+            rank=self.rank, device="meta", dtype=self.scales.dtype,
         )  # fmt: skip
-        layer.weight_packed, layer.scales = self.weight_packed.detach(), self.scales.detach().contiguous()
+        for name in _BUFFERS:
+            if getattr(self, name) is not None:
+                setattr(layer, name, getattr(self, name).detach().contiguous())
         if self.bias is not None and self.merged.bias is not None:
             layer.bias = nn.Parameter(self.bias.detach(), requires_grad=self.merged.bias.requires_grad)
         return layer.train(self.training)
@@ -290,16 +321,19 @@ def _fit(group: list[SparseMarlinLinear], layer: SparseMarlinLinear) -> bool:
             one.scales.dtype, one.scales.device, one.bias is None, one.bias is not None and one.bias.requires_grad,
         )  # fmt: skip
 
-    plain = type(first) is SparseMarlinLinear and first.rank == 0
+    plain = type(first) is SparseMarlinLinear
     wrapped = "forward" in vars(first)  # by others, who may bring its weights from elsewhere
     aligned = group[-1].out_features % _core.TILE_ROWS == 0
-    return plain and not wrapped and aligned and layer not in group and settings(layer) == settings(first)
+    if not plain or wrapped or not aligned or layer in group or settings(layer) != settings(first):
+        return False
+    down, other = first.correction_down, layer.correction_down
+    return down is None or other is None or torch.equal(down, other)
 
 
 def _merge(layers: list[SparseMarlinLinear]) -> None:
     merged = MergedWeight(layers)
     for part, layer in enumerate(layers):
-        for name in ("weight_packed", "scales"):
+        for name in _BUFFERS:
             del layer._buffers[name]
         del layer._parameters["bias"]
         layer.__class__ = MergedPart
@@ -312,7 +346,7 @@ def _unmerge(layers: list[Any]) -> None:
         alone = layer._alone()
         del layer._modules["merged"], layer._part
         layer.__class__ = SparseMarlinLinear
-        layer._buffers.update({name: tensor.clone() for name, tensor in alone._buffers.items() if tensor is not None})
+        layer._buffers |= {name: None if tensor is None else tensor.clone() for name, tensor in alone._buffers.items()}
         layer._parameters["bias"] = (
             alone.bias
             if alone.bias is None

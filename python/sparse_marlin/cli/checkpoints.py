@@ -132,6 +132,9 @@ def compress(
     group_size: GroupSize = 128,
     num_bits: NumBits = 4,
     rank: Annotated[int, typer.Option(min=0, help="Rank of the low-rank correction of each layer; 0: none.")] = 0,
+    shared_correction: Annotated[
+        bool, typer.Option("--shared-correction", help="One first factor for linears that read the same input.")
+    ] = False,
     ignore: Annotated[
         list[str] | None, typer.Option(help="What stays dense; may be repeated [default: lm_head].")
     ] = None,
@@ -167,6 +170,7 @@ def compress(
             group_size=group_size,
             num_bits=num_bits,
             rank=rank,
+            shared_correction=shared_correction,
             ignore=tuple(ignore) if ignore else ("lm_head",),
             masks=masks,
             keep_pattern=keep_pattern,

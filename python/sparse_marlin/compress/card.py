@@ -41,6 +41,13 @@ Calibrated on {calibration} ({sequences}). The licence of the original model app
 """
 
 
+def _correction(options: Mapping[str, Any]) -> str:
+    if not options["rank"]:
+        return ""
+    shared = ", one first factor for linears of the same input" if options["shared_correction"] else ""
+    return f", low-rank correction of rank {options['rank']}{shared}"
+
+
 def model_card(result: Mapping[str, Any]) -> str:
     """README.md for a folder, from `CompressResult.to_dict()`."""
     options, report = result["options"], result["report"]
@@ -59,7 +66,7 @@ def model_card(result: Mapping[str, Any]) -> str:
         total=report["num_converted"] + report["num_dense"],
         bits=report["num_bits"],
         group=report["group_size"],
-        correction=f", low-rank correction of rank {options['rank']}" if options["rank"] else "",
+        correction=_correction(options),
         version=__version__,
         quality=options["quality"],
         dense=result["dense"]["perplexity"],

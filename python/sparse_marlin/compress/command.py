@@ -49,6 +49,7 @@ class CompressOptions:
     group_size: int = 128
     num_bits: int = 4
     rank: int = 0
+    shared_correction: bool = False
     ignore: tuple[str, ...] = DEFAULT_IGNORE
     masks: Path | None = None
     keep_pattern: bool = False
@@ -159,6 +160,7 @@ def run_compress(
             group_size=options.group_size,
             num_bits=options.num_bits,
             rank=options.rank,
+            shared_correction=options.shared_correction,
             ignore=options.ignore,
             masks=_masks(options),
             max_error=options.max_error,
@@ -325,6 +327,7 @@ def _provenance(options: CompressOptions, report: ConversionReport) -> dict[str,
         "format": f"{_core.FORMAT_NAME} version {_core.FORMAT_VERSION}",
         "quality": options.quality,
         "rank": options.rank,
+        "shared_correction": options.shared_correction,
         "calibration": Path(options.calibration).name,
         "seed": options.seed,
         "mean_output_error": report.mean_output_error,

@@ -37,6 +37,7 @@ def compress(
     group_size: int = 128,
     num_bits: int = 4,
     rank: int = 0,
+    shared_correction: bool = False,
     ignore: str | Iterable[str] = DEFAULT_IGNORE,
     masks: Masks | None = None,
     max_error: float | None = None,
@@ -60,6 +61,8 @@ def compress(
         group_size: input features that share a scale: 32, 64, 128, 256, or -1 for a whole row.
         num_bits: 4 or 8.
         rank: of the low-rank correction that each layer adds; 0: none.
+        shared_correction: linears that read the same input have one first factor of the correction, so that
+            `merge_linears` can multiply them at once. It takes less of the error at the same rank (docs/ACCURACY.md).
         ignore: what stays dense, as in `replace_linears`.
         masks: fixed patterns: a mapping from names of linears to bool [N, K] (the linears that it does not name are
             free), or "nonzero" for a model whose weights are 2:4 already.
@@ -84,7 +87,9 @@ def compress(
         ValueError, TypeError: bad settings, a model without linears to convert or with compressed ones, too little
             calibration text, NaN or infinity in weights or activations (with the layer's name). The model is as it was.
     """
-    settings = _settings(quality, group_size, num_bits, rank, max_error, fallback, scale_dtype, damping)
+    settings = _settings(
+        quality, group_size, num_bits, rank, shared_correction, max_error, fallback, scale_dtype, damping
+    )
     selection = _select(model, ignore, settings)
     place = torch.device(device) if device is not None else next(model.parameters()).device
     kind = "cpu" if place.type == "cpu" else "cuda"
@@ -140,6 +145,7 @@ def _settings(
     group_size: int,
     num_bits: int,
     rank: int,
+    shared_correction: bool,
     max_error: float | None,
     fallback: str,
     scale_dtype: torch.dtype | None,
@@ -153,11 +159,15 @@ def _settings(
         raise ValueError(f"compress: fallback: expected one of {', '.join(FALLBACKS)}, got {fallback!r}")
     if rank < 0:
         raise ValueError(f"compress: rank: expected 0 (no correction) or more, got {rank}")
+    if shared_correction and not rank:
+        raise ValueError("compress: shared_correction: expected a rank > 0 of the correction to share, got rank=0")
     if max_error is not None and not max_error > 0:
         raise ValueError(f"compress: max_error: expected a number > 0, got {max_error}")
     name = quality if isinstance(quality, str) else getattr(quality, "__name__", type(quality).__name__)
     solve = solver(quality) if isinstance(quality, str) else quality
-    return Settings(name, solve, group_size, num_bits, rank, max_error, fallback, scale_dtype, damping)
+    return Settings(
+        name, solve, group_size, num_bits, rank, shared_correction, max_error, fallback, scale_dtype, damping
+    )
 
 
 def _select(model: nn.Module, ignore: str | Iterable[str], settings: Settings) -> Selection:
@@ -203,6 +213,7 @@ def _described(settings: Settings) -> dict[str, Any]:
         "group_size": settings.group_size,
         "num_bits": settings.num_bits,
         "rank": settings.rank,
+        "shared_correction": settings.shared_correction,
         "max_error": settings.max_error,
         "fallback": settings.fallback,
         "scale_dtype": str(settings.scale_dtype),

@@ -48,6 +48,7 @@ class Settings:
     group_size: int
     num_bits: int
     rank: int
+    shared_correction: bool
     max_error: float | None
     fallback: str
     scale_dtype: torch.dtype | None  # None: the weight's
@@ -60,7 +61,8 @@ class Settings:
 
     @property
     def method(self) -> str:
-        return self.quality + (f", correction of rank {self.rank}" if self.rank else "")
+        shared = "shared " if self.shared_correction else ""
+        return self.quality + (f", {shared}correction of rank {self.rank}" if self.rank else "")
 
 
 class BlockRun:
@@ -230,7 +232,9 @@ class BlockRun:
         factors: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(linears)
         if settings.rank and isinstance(solution, Solution):
             turns = _TURNS if settings.quality == DEFAULT_QUALITY else 0
-            solution, found = corrected(problem, solution, rows, settings.rank, turns=turns)
+            solution, found = corrected(
+                problem, solution, rows, settings.rank, shared=settings.shared_correction, turns=turns
+            )
             factors = list(found)
         made: dict[str, Replacement | str] = {}
         for candidate, part, correction in zip(linears, rows, factors, strict=True):
