@@ -46,19 +46,28 @@ def test_the_result_is_that_of_the_multiplication(device, m, num_bits):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rank", [0, 64])
 @pytest.mark.parametrize("m", [1, 7, 16, 48])
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (28672, 4096), (4096, 14336)])
-def test_real_layers_in_a_graph(cuda, n, k, m):
+def test_real_layers_in_a_graph(cuda, n, k, m, rank):
     """Several megabytes are asked for, of weights that the next launch reads."""
     layers = [Layer(n, k, device=cuda, seed=i) for i in range(3)]
     a = smt.activations(m, k, dtype=torch.float16, device=cuda)
-    wanted = [layer(a) for layer in layers]
-    layers[0].check(wanted[0], a)
+    factors = [smt.activations(*size, dtype=torch.float16, device=cuda) * 0.05 for size in ((rank, k), (n, rank))]
+
+    def run(layer, following):
+        if not rank:
+            return layer(a) if following is None else OP(*arguments(layer, a, following))
+        return torch.ops.sparse_marlin.sparse_marlin_gemm_low_rank(
+            a, layer.packed, layer.scales, *factors, layer.group_size, layer.num_bits, layer.bias, following
+        )
+
+    wanted = [run(layer, None) for layer in layers]
+    if not rank:
+        layers[0].check(wanted[0], a)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = [
-            OP(*arguments(layer, a, after.packed)) for layer, after in zip(layers, layers[1:] + layers[:1], strict=True)
-        ]
+        got = [run(layer, after.packed) for layer, after in zip(layers, layers[1:] + layers[:1], strict=True)]
     for replay in range(10):
         for out in got:
             out.fill_(torch.nan)
@@ -141,13 +150,16 @@ class Block(nn.Module):
 class Called(TorchDispatchMode):
     """The names of our operators, in the order of their calls."""
 
-    def __init__(self):
+    def __init__(self, arguments=None):
         super().__init__()
         self.names: list[str] = []
+        self.arguments = arguments
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "sparse_marlin":
             self.names.append(func._schema.name.removeprefix("sparse_marlin::"))
+            if self.arguments is not None:
+                self.arguments.append(args)
         return func(*args, **(kwargs or {}))
 
 
@@ -157,7 +169,7 @@ def called(model, x) -> tuple[torch.Tensor, list[str]]:
     return out, calls.names
 
 
-PLAIN, HINTED = "sparse_marlin_gemm", NAME
+PLAIN, HINTED, CORRECTED = "sparse_marlin_gemm", NAME, "sparse_marlin_gemm_low_rank"
 
 
 def test_layers_learn_who_comes_next(device):
@@ -224,13 +236,32 @@ def test_a_layer_with_two_followers_has_none():
     assert (model.up._following, model.down._following, model.head._following) == ((model.down,), (), (model.up,))
 
 
-def test_a_layer_with_a_correction_has_none():
-    model = Block()
-    up, x = model.up, smt.activations(2, 128, dtype=torch.float16)
-    factors = smt.activations(192, 8, dtype=torch.float16), smt.activations(8, 128, dtype=torch.float16)
-    model.up = SparseMarlinLinear.from_codes(up.codes(), up.scales, group_size=64, correction=factors)
-    assert sparse_marlin.enable_prefetch(model, lambda: model(x)) == 1
-    assert (model.up._following, model.down._following) == ((), (model.head,))
+@pytest.mark.parametrize("m", [1, 2, 16, 17])
+@pytest.mark.parametrize("rank", [8, 5])
+def test_a_layer_with_a_correction_gives_the_hint_too(device, m, rank):
+    model = Block(device)
+    up, x = model.up, smt.activations(m, 128, dtype=torch.float16, device=device)
+    factors = (smt.activations(*size, dtype=torch.float16, device=device) for size in ((192, rank), (rank, 128)))
+    model.up = SparseMarlinLinear.from_codes(up.codes(), up.scales, group_size=64, correction=tuple(factors))
+    wanted, names = called(model, x)
+    assert names == [CORRECTED, PLAIN, PLAIN]
+    assert sparse_marlin.enable_prefetch(model, lambda: model(x)) == 2
+    assert (model.up._following, model.down._following) == ((model.down,), (model.head,))
+    given = []
+    with torch.no_grad(), Called(given) as calls, smt.poisoned_allocations(device, megabytes=1):
+        got = model(x)
+    assert calls.names == [CORRECTED, HINTED, PLAIN]
+    assert given[0][-1] is model.down.weight_packed
+    smt.assert_same_bits(got, wanted, "with the hint")
+
+
+@pytest.mark.parametrize("case", [case for case in BAD if case != "none"])
+def test_a_correction_refuses_a_wrong_next_weight(device, case):
+    spoil, expected, got = BAD[case]
+    layer, x = Block(device).up, smt.activations(2, 128, dtype=torch.float16, device=device)
+    down, up = (smt.activations(*size, dtype=torch.float16, device=device) for size in ((8, 128), (192, 8)))
+    call = x, layer.weight_packed, layer.scales, down, up, 64, 4, None, spoil(layer.weight_packed)
+    matches(error(torch.ops.sparse_marlin.sparse_marlin_gemm_low_rank, *call), CORRECTED, "next_packed", expected, got)
 
 
 def test_nothing_changes_where_the_run_fails():

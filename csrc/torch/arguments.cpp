@@ -144,10 +144,10 @@ LowRankCall low_rank_call(const Tensor& a, const Tensor& weight_packed, const Te
   return call;
 }
 
-void expect_next(const Tensor& next_packed, const Tensor& a) {
-  const Arg next{kPrefetchOp, "next_packed", next_packed};
+void expect_next(const Tensor& next_packed, const Tensor& a, const char* op) {
+  const Arg next{op, "next_packed", next_packed};
   expect_tensor(next);
-  expect_device_of(next, {kPrefetchOp, "a", a});
+  expect_device_of(next, {op, "a", a});
   expect_dtype(next, {ScalarType::Int});
   expect_dims(next, 2, "(as pack_24_weights returns it)");
 }

@@ -64,7 +64,7 @@ GemmCall gemm_call(const Tensor& a, const Tensor& weight_packed, const Tensor& s
 LowRankCall low_rank_call(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, const Tensor& down,
                           const Tensor& up, int64_t group_size, int64_t num_bits, const std::optional<Tensor>& bias);
 // Throws where `next_packed` cannot be what the multiplication after that of `a` reads.
-void expect_next(const Tensor& next_packed, const Tensor& a);
+void expect_next(const Tensor& next_packed, const Tensor& a, const char* op = kPrefetchOp);
 PackCall pack_call(const Tensor& weight, const Tensor& scales, int64_t group_size, int64_t num_bits);
 UnpackCall unpack_call(const Tensor& weight_packed, int64_t size_n, int64_t size_k, int64_t num_bits);
 ImportCall import_call(const Tensor& packed, const Tensor& meta, int64_t num_bits);

@@ -35,8 +35,10 @@ Tensor gemm_cpu_op(const Tensor& a, const Tensor& weight_packed, const Tensor& s
 }
 
 Tensor gemm_low_rank_cpu_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, const Tensor& down,
-                            const Tensor& up, int64_t group_size, int64_t num_bits, const std::optional<Tensor>& bias) {
+                            const Tensor& up, int64_t group_size, int64_t num_bits, const std::optional<Tensor>& bias,
+                            const std::optional<Tensor>& next_packed) {
   const LowRankCall call = low_rank_call(a, weight_packed, scales, down, up, group_size, num_bits, bias);
+  if (next_packed) expect_next(*next_packed, a, kLowRankOp);
   if (call.gemm.problem.m == 0) return call.gemm.out;
   gemm_cpu(call.gemm.problem, call.gemm.params, on_torch_threads);
   add_products(call);
@@ -77,10 +79,10 @@ STABLE_TORCH_LIBRARY(sparse_marlin, m) {
   m.def(
       "sparse_marlin_gemm(Tensor a, Tensor weight_packed, Tensor scales, int group_size=128, int num_bits=4, "
       "Tensor? bias=None) -> Tensor");
-  // The same plus a low-rank correction, (a @ down^T) @ up^T; down [rank, K], up [N, rank].
+  // The same plus a low-rank correction, (a @ down^T) @ up^T; down [rank, K], up [N, rank]. next_packed: see below.
   m.def(
       "sparse_marlin_gemm_low_rank(Tensor a, Tensor weight_packed, Tensor scales, Tensor down, Tensor up, "
-      "int group_size=128, int num_bits=4, Tensor? bias=None) -> Tensor");
+      "int group_size=128, int num_bits=4, Tensor? bias=None, Tensor? next_packed=None) -> Tensor");
   // sparse_marlin_gemm with a hint: next_packed is what the multiplication after this one reads.
   m.def(
       "sparse_marlin_gemm_prefetch(Tensor a, Tensor weight_packed, Tensor scales, Tensor next_packed, "

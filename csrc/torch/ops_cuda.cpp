@@ -159,28 +159,31 @@ Tensor gemm_tile_cuda_op(const Tensor& a, const Tensor& weight_packed, const Ten
 
 // The multiplication with its correction: in one launch where the plan has a rank, otherwise two dense products follow.
 template <class Choose>
-Tensor run_low_rank(const LowRankCall& call, const Choose& choose) {
+Tensor run_low_rank(const LowRankCall& call, const Choose& choose, const NextWeights& next = {}) {
   const DeviceGuard guard(call.gemm.out.get_device_index());
   bool added = false;
-  run_gemm(call.gemm, call.gemm.out.get_device_index(),
-           [&](const Problem& problem, const Device& device) {
-             const Plan plan = choose(problem, device);
-             added = plan.rank > 0;
-             return plan;
-           },
-           kLowRankOp, {call.down.const_data_ptr(), call.up.const_data_ptr()});
+  run_gemm(
+      call.gemm, call.gemm.out.get_device_index(),
+      [&](const Problem& problem, const Device& device) {
+        const Plan plan = choose(problem, device);
+        added = plan.rank > 0;
+        return plan;
+      },
+      kLowRankOp, {call.down.const_data_ptr(), call.up.const_data_ptr()}, next);
   if (!added && call.gemm.problem.m > 0) add_products(call);
   return call.gemm.out;
 }
 
 Tensor gemm_low_rank_cuda_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, const Tensor& down,
-                             const Tensor& up, int64_t group_size, int64_t num_bits,
-                             const std::optional<Tensor>& bias) {
+                             const Tensor& up, int64_t group_size, int64_t num_bits, const std::optional<Tensor>& bias,
+                             const std::optional<Tensor>& next_packed) {
   const LowRankCall call = low_rank_call(a, weight_packed, scales, down, up, group_size, num_bits, bias);
+  if (next_packed) expect_next(*next_packed, a, kLowRankOp);
   const int32_t index = call.gemm.out.get_device_index();
-  return run_low_rank(call, [&](const Problem& problem, const Device& device) {
+  const auto choose = [&](const Problem& problem, const Device& device) {
     return remembered_plan(problem, device, index, call.down.size(0));
-  });
+  };
+  return run_low_rank(call, choose, next_packed ? next_weights(*next_packed) : NextWeights{});
 }
 
 Tensor gemm_low_rank_by_cuda_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, const Tensor& down,

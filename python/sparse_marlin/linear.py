@@ -310,13 +310,14 @@ def multiply(layer: Any, x: torch.Tensor) -> torch.Tensor:
     weight, scales, bias, group_size, num_bits = (
         layer.weight_packed, layer.scales, layer.bias, layer.group_size, layer.num_bits,
     )  # fmt: skip
+    following = layer._following[0].weight_packed if layer._following else None
+    if following is not None and following.device != x.device:
+        following = None
     if layer.rank:
         down, up = layer.correction_down, layer.correction_up
-        return _gemm_low_rank(x, weight, scales, down, up, group_size, num_bits, bias)
-    if layer._following:
-        following = layer._following[0].weight_packed
-        if following.device == x.device:
-            return _gemm_prefetch(x, weight, scales, following, group_size, num_bits, bias)
+        return _gemm_low_rank(x, weight, scales, down, up, group_size, num_bits, bias, following)
+    if following is not None:
+        return _gemm_prefetch(x, weight, scales, following, group_size, num_bits, bias)
     return _gemm(x, weight, scales, group_size, num_bits, bias)
 
 

@@ -93,6 +93,7 @@ def sparse_marlin_gemm_low_rank(
     group_size: int = 128,
     num_bits: int = 4,
     bias: Tensor | None = None,
+    next_packed: Tensor | None = None,
 ) -> Tensor:
     """`sparse_marlin_gemm` plus a low-rank correction: `a @ weight.T + bias + (a @ down.T) @ up.T`.
 
@@ -106,15 +107,16 @@ def sparse_marlin_gemm_low_rank(
     Args:
         down: `[rank, K]`, dtype of `a`.
         up: `[N, rank]`, dtype of `a`.
+        next_packed: the hint of `sparse_marlin_gemm_prefetch`.
         others: as those of `sparse_marlin_gemm`.
 
     Returns:
         `[..., N]`, dtype and device of `a`. Differentiable with respect to `a`, `bias`, `down` and `up`.
 
     Raises:
-        RuntimeError: as `sparse_marlin_gemm`; wrong dtype, shape or device of `down` or `up`.
+        RuntimeError: as `sparse_marlin_gemm`; wrong dtype, shape or device of `down`, `up` or `next_packed`.
     """
-    return _ops.sparse_marlin_gemm_low_rank(a, weight_packed, scales, down, up, group_size, num_bits, bias)
+    return _ops.sparse_marlin_gemm_low_rank(a, weight_packed, scales, down, up, group_size, num_bits, bias, next_packed)
 
 
 def sparse_marlin_gemm_prefetch(
@@ -240,6 +242,7 @@ def _(
     group_size: int = 128,
     num_bits: int = 4,
     bias: Tensor | None = None,
+    next_packed: Tensor | None = None,
 ) -> Tensor:
     return a.new_empty(_low_rank_shape(a, scales, down, up))
 
@@ -378,6 +381,7 @@ def _low_rank_autograd_kernel(
     group_size: int = 128,
     num_bits: int = 4,
     bias: Tensor | None = None,
+    next_packed: Tensor | None = None,
 ) -> Tensor:
     needs_grad = any(t is not None and t.requires_grad for t in (a, bias, down, up))
     if (torch.is_grad_enabled() and needs_grad) or forward_ad._current_level >= 0:
@@ -387,7 +391,7 @@ def _low_rank_autograd_kernel(
         low = torch.nn.functional.linear(a, down).reshape(-1, down.shape[0])
         return torch.addmm(out.reshape(-1, shape[-1]), low, up.t()).reshape(shape)
     return _low_rank.redispatch(
-        keyset & _after_autograd, a, weight_packed, scales, down, up, group_size, num_bits, bias
+        keyset & _after_autograd, a, weight_packed, scales, down, up, group_size, num_bits, bias, next_packed
     )
 
 

@@ -24,9 +24,9 @@ def enable_prefetch(model: nn.Module, run: Callable[[], object]) -> int:
     """Tell every SparseMarlinLinear of a model which one runs after it.
 
     `run` is called once and must run the model as it will be used, e.g. `lambda: model(tokens)`; the order is taken
-    from that. A layer that runs more than once, with different followers, is left without one, and so is one with a
-    low-rank correction. Results do not change, not by a bit. It pays on Hopper for a step of decoding: measured in a
-    compiled 8B model, 7 % of a layer's time at batch 1 and 1 % at batch 16. Elsewhere nothing is done about it.
+    from that. A layer that runs more than once, with different followers, is left without one. Results do not change,
+    not by a bit. It pays on Hopper for a step of decoding: measured in a compiled 8B model, 7 % of a layer's time at
+    batch 1 and 1 % at batch 16. Elsewhere nothing is done about it.
 
     Call it after `merge_linears`, before `torch.compile` and `torch.export`, and again when layers were replaced or
     merged (until then the layer before one keeps it in memory) or the model was copied: copies and pickles know no
@@ -65,7 +65,7 @@ def enable_prefetch(model: nn.Module, run: Callable[[], object]) -> int:
         followers.setdefault(layer, set()).add(follower)
     linked = 0
     for layer, found in followers.items():
-        if len(found) == 1 and layer not in found and not layer.rank:
+        if len(found) == 1 and layer not in found:
             layer._following = tuple(found)
             linked += 1
     return linked
