@@ -39,6 +39,7 @@ from sparse_marlin.testing.baselines import gptq_int4, old_recipe, sparsegpt_24
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RANK = 64
+SHARED = " shared"  # one first factor of the correction for linears that read the same input
 PUBLISHED_DAMPING = 0.01  # of the methods of others
 # Row: (what `compress` is given, rank, whether the seed matters)
 ROWS: dict[str, tuple[Any, int, bool]] = {
@@ -56,6 +57,8 @@ ROWS: dict[str, tuple[Any, int, bool]] = {
     f"sparsegpt+r{RANK}": ("sparsegpt", RANK, True),
     f"alps+r{RANK}": ("alps", RANK, True),
     f"joint+r{RANK}": ("joint", RANK, True),
+    f"joint+r{RANK}{SHARED}": ("joint", RANK, True),
+    f"joint+r{RANK * 3 // 2}{SHARED}": ("joint", RANK * 3 // 2, True),
 }
 LABELS = {
     "INT4 only": "INT4 only (GPTQ with clipped scales)",
@@ -91,6 +94,7 @@ def main() -> None:
                     tokenizer=loaded.tokenizer,
                     quality=method,
                     rank=rank,
+                    shared_correction=name.endswith(SHARED),
                     group_size=options.group_size,
                     num_sequences=options.num_sequences,
                     seq_len=options.seq_len,
