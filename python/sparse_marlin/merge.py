@@ -31,8 +31,9 @@ def merge_linears(model: nn.Module, run: Callable[[], object]) -> list[tuple[str
 
     The layers keep their names, attributes and part of `state_dict`; their weights are views of the merged one. A layer
     that runs alone costs as much as its group. Results are those of one layer with all outputs, which the kernels may
-    sum up in another order. Call it when the weights are loaded, before `enable_prefetch`, `torch.compile` and
-    `torch.export`. `unmerge_linears` undoes it; `torch.jit.script` does so, too.
+    sum up in another order; for gradients, too, the group is one operation, with one backward pass. Call it when the
+    weights are loaded, before `enable_prefetch`, `torch.compile` and `torch.export`. `unmerge_linears` undoes it;
+    `torch.jit.script` does so, too.
 
     Returns:
         The names of the layers of every group made, in the order in which they run; empty where there are none.
