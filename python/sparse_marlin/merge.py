@@ -25,8 +25,9 @@ def merge_linears(model: nn.Module, run: Callable[[], object]) -> list[tuple[str
     layers belong together: those that run one after the other on the same tensor, every time. They need equal
     `group_size`, `num_bits`, dtype and device, all a bias or none, no low-rank correction or one with the same
     `correction_down` (as `compress` makes them with `shared_correction`), and `out_features` that are multiples of 64
-    (the last one's may be any). Other layers are left as they are. At the end `run` is called once more; if something
-    in the model does not take the merged layers' outputs, which are columns of one tensor, it fails there, and all is
+    (the last one's may be any). Other layers are left as they are, and so are those whose `forward` others have
+    wrapped, as accelerate does in a model over several devices. At the end `run` is called once more; if something in
+    the model does not take the merged layers' outputs, which are columns of one tensor, it fails there, and all is
     undone.
 
     The layers keep their names, attributes and part of `state_dict`; their weights are views of the merged one. A layer
