@@ -45,7 +45,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from weights import check_rows, random_packed, random_scales
+from weights import FACTOR_DEVIATION, check_rows, random_packed, random_scales
 
 import sparse_marlin
 from sparse_marlin import SparseMarlinLinear
@@ -64,7 +64,6 @@ SHAPE: dict[str, Any] = {
 SETTINGS = ("compile", "dependent_launch", "combo_kernels", "merged", "merge_linears", "prefetch", "lm_head")
 ATTENTION = "fixed_cache"
 ROUNDS = 2
-FACTOR_DEVIATION = 0.05  # of the values of a correction's factors: outputs stay within float16
 STEPS = 4  # of decoding, a graph
 EAGER_CALLS = 8
 

@@ -50,12 +50,11 @@ from peers_torch import CuSparseLt, prune_24
 from plan_problems import LOW_RANK_TOKENS, MODELS, TOKENS, Shape, one_problem, problems, shapes
 from plan_report import report
 from timing import ROTATED_BYTES, Recorded, Recorder, full_precision_sums, machine, tile_name
-from weights import random_slices, several_scales
+from weights import FACTOR_DEVIATION, random_slices, several_scales
 
 from sparse_marlin import _core
 from sparse_marlin.info import planner_device
 
-FACTOR_DEVIATION = 0.05  # of the values of a correction's factors: outputs stay within float16
 SPLITS = (-2, -1, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 BEST_OF_KERNEL, FACTOR_OF_KERNEL = 3, 3.0
 GRAPH_US = 800.0

@@ -8,6 +8,7 @@ import sparse_marlin
 from sparse_marlin import _core, testing
 
 CHECKED_ROWS = 256
+FACTOR_DEVIATION = 0.05  # of the values of a correction's factors: outputs stay within float16
 META_NIBBLES = [4, 8, 12, 9, 13, 14]  # the six pairs of positions, csrc/format/packed_24.h
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ._extension import _core
+from .ops import _gemm, _low_rank, _prefetch
 from .quantize import CHANNELWISE, QUAD, SCALE_DTYPES, QuantizedWeight, dequantize_codes, quantize_weight_only
 
 
@@ -102,7 +103,7 @@ class SparseMarlinLinear(nn.Module):
                 f"SparseMarlinLinear: x: expected [..., {self.in_features}] (in_features), got {list(x.shape)}"
             )
         if not torch.jit.is_scripting():
-            return multiply(self, x)
+            return self._product(x)
         up, down = self.correction_up, self.correction_down
         if up is not None and down is not None:
             return torch.ops.sparse_marlin.sparse_marlin_gemm_low_rank(
@@ -111,6 +112,10 @@ class SparseMarlinLinear(nn.Module):
         return torch.ops.sparse_marlin.sparse_marlin_gemm(
             x, self.weight_packed, self.scales, self.group_size, self.num_bits, self.bias
         )
+
+    @torch.jit.unused
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        return multiply(self, x)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of one layer must not be a copy of all that follow it.
@@ -245,9 +250,11 @@ class SparseMarlinLinear(nn.Module):
         if problem:
             error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {problem}")
             return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        self._load_tensors(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def _load_tensors(self, *arguments: Any) -> None:
+        """`_load_from_state_dict`'s, for tensors that fit."""
+        super()._load_from_state_dict(*arguments)
 
     def _loading_problem(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> str | None:
         """What makes these tensors unfit for this layer, or None. A wrong dtype or shape would otherwise be copied or
@@ -298,15 +305,12 @@ class SparseMarlinLinear(nn.Module):
         return None
 
 
-# Overloads, not packets of them, which choose anew at every call and take a sixth of its time.
-_gemm = torch.ops.sparse_marlin.sparse_marlin_gemm.default
-_gemm_prefetch = torch.ops.sparse_marlin.sparse_marlin_gemm_prefetch.default
-_gemm_low_rank = torch.ops.sparse_marlin.sparse_marlin_gemm_low_rank.default
-
-
 def multiply(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """The product of a layer, which is a SparseMarlinLinear or a merge.MergedWeight, as Python runs it. `_following`:
-    whose packed weight is read after this one, where `enable_prefetch` has said so."""
+    whose packed weight is read after this one, where `enable_prefetch` has said so.
+
+    By the operators' overloads, not the packets of them, which choose anew at every call and take a sixth of its time.
+    """
     weight, scales, bias, group_size, num_bits = (
         layer.weight_packed, layer.scales, layer.bias, layer.group_size, layer.num_bits,
     )  # fmt: skip
@@ -315,9 +319,9 @@ def multiply(layer: Any, x: torch.Tensor) -> torch.Tensor:
         following = None
     if layer.rank:
         down, up = layer.correction_down, layer.correction_up
-        return _gemm_low_rank(x, weight, scales, down, up, group_size, num_bits, bias, following)
+        return _low_rank(x, weight, scales, down, up, group_size, num_bits, bias, following)
     if following is not None:
-        return _gemm_prefetch(x, weight, scales, following, group_size, num_bits, bias)
+        return _prefetch(x, weight, scales, following, group_size, num_bits, bias)
     return _gemm(x, weight, scales, group_size, num_bits, bias)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ._extension import _core
+from ._watch import check_module, watch
 from .linear import SparseMarlinLinear, multiply
 
 __all__ = ["MergedPart", "MergedWeight", "merge_linears", "unmerge_linears"]
@@ -44,7 +45,7 @@ def merge_linears(model: nn.Module, run: Callable[[], object]) -> list[tuple[str
         ValueError: `run` ran no SparseMarlinLinear of `model`.
         Whatever `run` raises. The layers are then as they were.
     """
-    _check_model("merge_linears", model)
+    check_module("merge_linears", model)
     groups = _groups(model, run)
     merged: list[list[SparseMarlinLinear]] = []
     try:
@@ -68,7 +69,7 @@ def unmerge_linears(model: nn.Module) -> None:
     Raises:
         TypeError: `model` is no module.
     """
-    _check_model("unmerge_linears", model)
+    check_module("unmerge_linears", model)
     for layer in list(model.modules()):
         if isinstance(layer, MergedPart):
             _unmerge([layer])
@@ -189,11 +190,7 @@ class MergedPart(SparseMarlinLinear):
         whole = self.merged.bias
         return None if whole is None else whole.narrow(0, self.merged.starts[self._part], self.out_features)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.size(-1) != self.in_features:
-            raise ValueError(
-                f"SparseMarlinLinear: x: expected [..., {self.in_features}] (in_features), got {list(x.shape)}"
-            )
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         return self.merged.part_of_product(self._part, x)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -212,30 +209,20 @@ class MergedPart(SparseMarlinLinear):
         for name, tensor in self._tensors().items():  # columns of scales have gaps, which files do not take
             destination[prefix + name] = tensor.detach().contiguous()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        problem = self._loading_problem(state_dict, prefix, local_metadata)
-        if problem:
-            error_msgs.append(f"{prefix.rstrip('.')}: {problem}")
-            return
+    def _load_tensors(
+        self, state_dict: dict[str, Any], prefix: str, _: Any, strict: bool, missing: list[str], unexpected: list[str],
+        *others: Any,
+    ) -> None:  # fmt: skip
         mine = self._tensors()
         with torch.no_grad():
             for name, tensor in mine.items():
                 if prefix + name in state_dict:
                     tensor.copy_(state_dict[prefix + name])
                 elif strict:
-                    missing_keys.append(prefix + name)
+                    missing.append(prefix + name)
         if strict:
             here = {key for key in state_dict if key.startswith(prefix)}
-            unexpected_keys += sorted(here - {prefix + name for name in mine})
+            unexpected += sorted(here - {prefix + name for name in mine})
 
     def _loading_problem(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> str | None:
         problem = super()._loading_problem(state_dict, prefix, local_metadata)
@@ -267,20 +254,14 @@ class MergedPart(SparseMarlinLinear):
         return f"{super().extra_repr()}, part {self._part + 1} of {len(self.merged.lengths)}"
 
 
-def _check_model(name: str, model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{name}: model: expected torch.nn.Module, got {type(model).__name__}")
-
-
 def _groups(model: nn.Module, run: Callable[[], object]) -> list[list[SparseMarlinLinear]]:
     """Layers that always run one after the other on the same input, in their order."""
     layers = [module for module in model.modules() if isinstance(module, SparseMarlinLinear)]
     runs: list[list[SparseMarlinLinear]] = []  # one after the other on one input
     last: tuple[torch.Tensor, torch.Tensor] | None = None  # the last run's input, and its values when it began
 
-    def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def note(layer: SparseMarlinLinear, args: tuple[Any, ...]) -> None:
         nonlocal last
-        assert isinstance(layer, SparseMarlinLinear)
         x = args[0] if args else None  # None: by name
         if last is not None and x is last[0] and _equal(x, last[1]) and _fit(runs[-1], layer):
             runs[-1].append(layer)
@@ -288,18 +269,7 @@ def _groups(model: nn.Module, run: Callable[[], object]) -> list[list[SparseMarl
             runs.append([layer])
             last = None if x is None else (x, x.detach().clone())
 
-    handles = [layer.register_forward_pre_hook(note) for layer in layers]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not runs:
-        raise ValueError(
-            "merge_linears: run: expected a call of the model that runs its SparseMarlinLinear layers, got one that "
-            f"ran none of {len(layers)}; give a function such as lambda: model(tokens)"
-        )
+    watch("merge_linears", layers, note, run)
     found: dict[SparseMarlinLinear, set[tuple[SparseMarlinLinear, ...]]] = {}
     for group in runs:
         for layer in group:
@@ -340,6 +310,7 @@ def _merge(layers: list[SparseMarlinLinear]) -> None:
         del layer._parameters["bias"]
         layer.__class__ = MergedPart
         layer.register_module("merged", merged)
+        layer._following = ()  # enable_prefetch gives the merged weight one
         layer._part = part  # type: ignore[assignment]
 
 

@@ -9,9 +9,9 @@ that knows its follower has the kernel ask for the first bytes of that one's wei
 import itertools
 from collections.abc import Callable
 
-import torch
 from torch import nn
 
+from ._watch import check_module, watch
 from .linear import SparseMarlinLinear
 from .merge import MergedPart, MergedWeight
 
@@ -43,22 +43,7 @@ def enable_prefetch(model: nn.Module, run: Callable[[], object]) -> int:
     layers = _layers("enable_prefetch", model)
     order: list[Layer] = []
 
-    def note(layer: nn.Module, _: object) -> None:
-        assert isinstance(layer, Layer)
-        order.append(layer)
-
-    handles = [layer.register_forward_pre_hook(note) for layer in layers]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not order:
-        raise ValueError(
-            "enable_prefetch: run: expected a call of the model that runs its SparseMarlinLinear layers, got one that "
-            f"ran none of {len(layers)}; give a function such as lambda: model(tokens)"
-        )
+    watch("enable_prefetch", layers, lambda layer, _: order.append(layer), run)
     disable_prefetch(model)
     followers: dict[Layer, set[Layer]] = {}
     for layer, follower in itertools.pairwise(order):
@@ -78,6 +63,5 @@ def disable_prefetch(model: nn.Module) -> None:
 
 
 def _layers(name: str, model: nn.Module) -> list[Layer]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{name}: model: expected torch.nn.Module, got {type(model).__name__}")
+    check_module(name, model)
     return [m for m in model.modules() if isinstance(m, Layer) and not isinstance(m, MergedPart)]
