@@ -1,9 +1,10 @@
-"""What a low-rank correction costs: the time of a layer with rank 64 against the same layer without, few tokens.
+"""What a low-rank correction costs: the time of a layer with rank 64 against the same layer without.
 
     python benchmarks/bench_correction.py --json benchmarks/results/correction_h100.json
 
 Both in CUDA graphs, weights and factors each rotated through more memory than the L2 cache holds, as a model's layers
-are, float16, 4 bits, group 128.
+are, float16, 4 bits, group 128. The correction's factor `up` is packed, as `sparse_marlin.compress` makes it; --dense:
+float16.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from timing import graph_us, machine
 
 from sparse_marlin import SparseMarlinLinear, _core, testing
 from sparse_marlin.info import planner_device
+from sparse_marlin.low_rank import quantize_up
 
 SHAPES = {
     "8B qkv": (6144, 4096),
@@ -36,16 +38,18 @@ ROTATED_BYTES = 150e6
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096])
+    parser.add_argument("--dense", action="store_true", help="factors of 16 bits")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = []
     gpu = planner_device()
     for name, (n, k) in SHAPES.items():
         codes, scales = testing.random_codes(n, k).cuda(), testing.random_scales(n, k).cuda().half()
-        factor_bytes = 2 * options.rank * (n + k)
+        factor_bytes = 2 * options.rank * k + (2 * options.rank if options.dense else 50) * n
         count = max(2, *(int(ROTATED_BYTES / size) + 1 for size in (n * k * 3.125 / 8, factor_bytes)))
-        factors = torch.randn(n, options.rank).cuda() * 0.01, torch.randn(options.rank, k).cuda() * 0.01
+        up, down = torch.randn(n, options.rank).cuda() * 0.01, torch.randn(options.rank, k).cuda() * 0.01
+        factors = (up if options.dense else quantize_up(up, 128, 4, scale_dtype=torch.float16)), down
         layers = {}
         for rank in (0, options.rank):
             made = SparseMarlinLinear.from_codes(codes, scales, correction=factors if rank else None)
@@ -63,9 +67,12 @@ def main() -> None:
                 }
             plain, corrected = times[0], times[options.rank]
             share = corrected / plain - 1
-            plan = _core.plan_low_rank(_core.Problem(tokens, n, k), gpu, options.rank)
+            plan = _core.plan_low_rank(_core.Problem(tokens, n, k), gpu, options.rank, not options.dense)
             rows.append({"shape": name, "tokens": tokens, "plain_us": plain, "corrected_us": corrected, "more": share})
-            how = f"tile {plan.tile}, {plan.splits} splits, {plan.lead} blocks project" if plan.rank else "two products"
+            how = "two products"
+            if plan.rank:
+                project = f"{plan.lead} blocks project" if plan.lead else "projected before"
+                how = f"tile {plan.tile}, {plan.splits} splits, {project}"
             print(f"{name:12} M={tokens:<3} {plain:7.2f} us -> {corrected:7.2f} us  ({share:+.0%})  {how}", flush=True)
     for model in dict.fromkeys(name.split()[0] for name in SHAPES):
         for tokens in options.tokens:
@@ -74,7 +81,7 @@ def main() -> None:
             more = f"({corrected / plain - 1:+.0%})"
             print(f"{model} four linears M={tokens:<3} {plain:7.2f} us -> {corrected:7.2f} us  {more}")
     if options.json:
-        result = {**machine(), "rank": options.rank, "rows": rows}
+        result = {**machine(), "rank": options.rank, "packed": not options.dense, "rows": rows}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -49,6 +49,8 @@ from weights import FACTOR_DEVIATION, check_rows, random_packed, random_scales
 
 import sparse_marlin
 from sparse_marlin import SparseMarlinLinear
+from sparse_marlin.low_rank import quantize_up
+from sparse_marlin.quantize import CHANNELWISE
 from sparse_marlin.replace import module_bytes, survey
 
 SHAPE: dict[str, Any] = {
@@ -122,15 +124,16 @@ def dense_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 def random_layer(linear: torch.nn.Linear, group_size: int, num_bits: int, rank: int) -> SparseMarlinLinear:
     k, n, dtype = linear.in_features, linear.out_features, linear.weight.dtype
     layer = SparseMarlinLinear(
-        k, n, bias=False, group_size=group_size, num_bits=num_bits, rank=rank, device="meta", dtype=dtype
+        k, n, bias=False, group_size=group_size, num_bits=num_bits, device="meta", dtype=dtype
     ).eval()
     layer.weight_packed = random_packed(n, k, num_bits)
     layer.scales = random_scales(n, k, group_size, num_bits, dtype)
     if rank:  # equal values of `down` for equal k, each layer's in memory of its own
         same = torch.Generator("cuda").manual_seed(k)
         down = torch.randn(rank, k, device="cuda", dtype=dtype, generator=same)
-        layer.correction_down = down * FACTOR_DEVIATION
-        layer.correction_up = torch.randn(n, rank, device="cuda", dtype=dtype) * FACTOR_DEVIATION
+        up = torch.randn(n, rank, device="cuda", dtype=dtype) * FACTOR_DEVIATION
+        packed = up if group_size == CHANNELWISE else quantize_up(up, group_size, num_bits)
+        layer._set_correction("random_layer", packed, down * FACTOR_DEVIATION)
     return layer
 
 
@@ -148,8 +151,10 @@ def make_sparse(model: PreTrainedModel, group_size: int, num_bits: int, lm_head:
             weight = (layer.weight_packed, layer.scales, group_size, num_bits)
             out = sparse_marlin.sparse_marlin_gemm(a, *weight)
             check_rows(a, out, *weight)
-            if layer.correction_down is not None and layer.correction_up is not None:
-                out = out + a @ layer.correction_down.t() @ layer.correction_up.t()
+            correction = layer.correction()
+            if correction is not None:
+                up, down = correction
+                out = out + a @ down.t() @ up.t()
             torch.testing.assert_close(layer(a), out, rtol=1e-2, atol=1e-2 * float(out.abs().max()))
         for parent, attribute in candidate.places:
             setattr(parent, attribute, layer)

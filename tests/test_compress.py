@@ -209,8 +209,10 @@ def test_correction_lowers_the_error_and_belongs_to_the_layer():
     assert report.mean_output_error < 0.85 * without.mean_output_error
     assert "rank 8" in report.method
     layer = corrected.model.layers[0].mlp.up_proj
-    assert (tuple(layer.correction_up.shape), tuple(layer.correction_down.shape)) == ((100, 8), (8, 64))
-    extra = 4 * 8 * (100 + 64)
+    up, down = layer.correction()
+    assert (tuple(up.shape), tuple(down.shape), layer.packed_correction) == ((100, 8), (8, 64), True)
+    # `down`, and packed for 128 rows and columns, 3 bits each, with a scale for every 32 columns
+    extra = 4 * 8 * 64 + 128 * 128 * 3 // 8 + 4 * 4 * 100
     of = {row.name: row.bytes_after for row in report}, {row.name: row.bytes_after for row in without}
     assert of[0]["model.layers.0.mlp.up_proj"] == of[1]["model.layers.0.mlp.up_proj"] + extra
     # The reported error is that of what the layer computes.
@@ -229,7 +231,7 @@ def test_a_shared_correction_can_be_merged():
     attention, mlp = layer.self_attn, layer.mlp
     for group in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
         assert all(torch.equal(one.correction_down, group[0].correction_down) for one in group)
-        assert not torch.equal(group[0].correction_up[:64], group[1].correction_up[:64])
+        assert not torch.equal(group[0].correction_up[:1], group[1].correction_up[:1])
     assert not torch.equal(attention.q_proj.correction_down, mlp.up_proj.correction_down)
     ids = tokens(2)
     wanted = logits(shared.to(torch.bfloat16), ids)
@@ -244,7 +246,7 @@ def test_sixteen_bit_scales_survive_a_change_of_dtype():
     compress(model, tokens(), group_size=32, rank=4, scale_dtype=torch.bfloat16)
     for module in model.modules():
         if isinstance(module, SparseMarlinLinear):
-            for tensor in (module.scales, module.correction_up, module.correction_down):
+            for tensor in (module.scales, module.correction_scales, module.correction_down):
                 assert torch.equal(tensor, tensor.bfloat16().float())
 
 

@@ -29,7 +29,7 @@ SCHEMAS = {
     ),
     "sparse_marlin_gemm_low_rank": (
         "(Tensor a, Tensor weight_packed, Tensor scales, Tensor down, Tensor up, int group_size=128, int num_bits=4, "
-        "Tensor? bias=None, Tensor? next_packed=None) -> Tensor"
+        "Tensor? bias=None, Tensor? next_packed=None, Tensor? up_scales=None) -> Tensor"
     ),
     "sparse_marlin_gemm_prefetch": (
         "(Tensor a, Tensor weight_packed, Tensor scales, Tensor next_packed, int group_size=128, int num_bits=4, "

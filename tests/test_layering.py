@@ -35,6 +35,8 @@ PLAN_LEAVES = {
         "tiles_decode",
         "smem_decode",
         "stream_k",
+        "low_rank",
+        "project",
     )
 }
 TORCH = re.compile(r"^(torch|ATen|c10)/")

@@ -8,9 +8,10 @@ from test_gemm_cuda import problem_of
 from torch import nn
 from torch.autograd import forward_ad
 
-from sparse_marlin import SparseMarlinLinear, _core
+from sparse_marlin import SparseMarlinLinear, _core, low_rank
 from sparse_marlin import testing as smt
 from sparse_marlin.info import planner_device
+from sparse_marlin.low_rank import dequantize_up, quantize_up
 
 OP = torch.ops.sparse_marlin.sparse_marlin_gemm_low_rank
 NAME = "sparse_marlin_gemm_low_rank"
@@ -38,36 +39,53 @@ CASES = [
 ]
 TILES = [i for i, tile in enumerate(_core.TILES) if tile.kernel == "decode"]
 SPLITS = (1, 2, 3, 5, 8)
+WIDE_TILES = [i for i, tile in enumerate(_core.TILES) if tile.kernel == "sm90"]
 H100 = _core.Device(90, 132, 227 << 10, 228 << 10, 50 << 20)
 
 
 class Corrected(Layer):
-    """A layer with a low-rank correction about as large as what quantization loses."""
+    """A layer with a low-rank correction about as large as what quantization loses; `packed_up`: whose second factor is
+    packed. `up` is then what it stands for."""
 
-    def __init__(self, n, k, rank, group_size=128, num_bits=4, dtype=torch.float16, device="cpu", bias=False, seed=0):
+    def __init__(
+        self, n, k, rank, group_size=128, num_bits=4, dtype=torch.float16, device="cpu", bias=False, seed=0,
+        packed_up=False,
+    ):  # fmt: skip
         super().__init__(n, k, group_size, num_bits, dtype, device, bias, seed)
         size = self.scales.float().mean().item() * 2
         self.up = (smt.activations(n, rank, seed=seed + 5, device=device) * size / rank**0.5).to(dtype)
         self.down = smt.activations(rank, k, seed=seed + 6, device=device).to(dtype)
+        self.up_packed = self.up_scales = None
+        if packed_up:
+            self.pack_up(quantize_up(self.up, group_size, num_bits))
+
+    def pack_up(self, up):
+        self.up_scales = up.scales
+        self.up_packed = torch.ops.sparse_marlin.pack_24_weights(up.codes, up.scales, self.group_size, self.num_bits)
+        self.up = dequantize_up(self.up_packed, up.scales, self.up.shape[1], self.group_size, self.num_bits)
 
     def plain(self, a):
         return super().__call__(a)
 
     def arguments(self):
-        return self.packed, self.scales, self.down, self.up, self.group_size, self.num_bits, self.bias
+        up = self.up if self.up_packed is None else self.up_packed
+        return self.packed, self.scales, self.down, up, self.group_size, self.num_bits, self.bias
 
     def __call__(self, a):
-        return OP(a, *self.arguments())
+        return OP(a, *self.arguments(), up_scales=self.up_scales)
 
     def by(self, a, tile: int, splits: int = 0, dependent: bool = True):
         """With the correction in the launch of a tile; tile -1: by two products."""
-        return torch.ops.sparse_marlin._sparse_marlin_gemm_low_rank_by(a, *self.arguments(), tile, splits, dependent)
+        return torch.ops.sparse_marlin._sparse_marlin_gemm_low_rank_by(
+            a, *self.arguments(), tile, splits, dependent, self.up_scales
+        )
 
     def plan(self, m: int, tile: int | None = None, splits: int = 0):
         device, rank = planner_device(torch.cuda.current_device()), self.up.shape[1]
+        packed = self.up_packed is not None
         if tile is None:
-            return _core.plan_low_rank(problem_of(self, m), device, rank)
-        return _core.plan_low_rank_with_tile(problem_of(self, m), device, rank, tile, splits)
+            return _core.plan_low_rank(problem_of(self, m), device, rank, packed)
+        return _core.plan_low_rank_with_tile(problem_of(self, m), device, rank, tile, splits, packed)
 
     def fits(self, m: int, tile: int, splits: int) -> bool:
         try:
@@ -86,11 +104,13 @@ def half_of(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
+@pytest.mark.parametrize("packed_up", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize(("m", "n", "k", "rank", "group_size"), [*SHAPES, *OTHERS])
-def test_against_float64(device, m, n, k, rank, group_size, dtype):
+def test_against_float64(device, m, n, k, rank, group_size, dtype, packed_up):
     need_dtype(device, dtype)
-    layer = Corrected(n, k, rank, group_size, dtype=dtype, device=device, bias=m % 2 == 1)
+    group_size = 256 if packed_up and group_size == -1 else group_size
+    layer = Corrected(n, k, rank, group_size, dtype=dtype, device=device, bias=m % 2 == 1, packed_up=packed_up)
     a = smt.activations(m, k, dtype=dtype, device=device)
     with smt.poisoned_allocations(device):
         got = layer(a)
@@ -120,8 +140,9 @@ def test_every_layout_of_the_arguments(device):
     assert layer(a[:0]).shape == (0, 3, 72)
 
 
-def test_nan_and_infinity_stay_with_their_token(device):
-    layer = Corrected(72, 136, 16, 64, dtype=half_of(device), device=device)
+@pytest.mark.parametrize("packed_up", [False, True])
+def test_nan_and_infinity_stay_with_their_token(device, packed_up):
+    layer = Corrected(72, 136, 16, 64, dtype=half_of(device), device=device, packed_up=packed_up)
     a = smt.activations(4, 136, dtype=half_of(device), device=device)
     clean = layer(a)
     a[1, 7], a[2, 9] = torch.nan, torch.inf
@@ -142,18 +163,20 @@ def test_the_layer_calls_the_operator(device):
     layer.check(module(a), a, "with gradients")
 
 
-def test_fake_and_compiled(device):
+@pytest.mark.parametrize("packed_up", [False, True])
+def test_fake_and_compiled(device, packed_up):
     dtype = half_of(device)
-    layer = Corrected(70, 136, 8, 32, 8, dtype, device, bias=True)
+    layer = Corrected(70, 136, 8, 32, 8, dtype, device, bias=True, packed_up=packed_up)
+    more = {"up_scales": layer.up_scales}
     a = smt.activations(2, 3, 136, dtype=dtype, device=device)
     for leaf in (a, a.clone().requires_grad_()):
-        results = torch.library.opcheck(OP.default, (leaf, *layer.arguments()))
+        results = torch.library.opcheck(OP.default, (leaf, *layer.arguments()), more)
         assert set(results.values()) == {"SUCCESS"}
     meta = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in (a, *layer.arguments())]
-    out = OP(*meta)
+    out = OP(*meta, up_scales=layer.up_scales.to("meta") if packed_up else None)
     assert (out.shape, out.dtype, out.device.type) == ((2, 3, 70), dtype, "meta")
     with torch.no_grad():
-        compiled = torch.compile(lambda x: OP(x, *layer.arguments()) * 2, backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(lambda x: OP(x, *layer.arguments(), **more) * 2, backend="aot_eager", fullgraph=True)
         smt.assert_same_bits(compiled(a), layer(a) * 2)
 
 
@@ -171,6 +194,36 @@ def test_gradients_are_those_of_the_dense_layer(device):
         torch.testing.assert_close(x, y, msg=lambda text, name=name: f"gradient of {name}: {text}")
     with torch.no_grad():
         assert not layer(a).requires_grad
+
+
+def test_gradients_with_a_packed_factor(device):
+    dtype = half_of(device)
+    layer = Corrected(70, 136, 72, 32, dtype=dtype, device=device, bias=True, packed_up=True)
+    a = smt.activations(2, 3, 136, dtype=dtype, device=device).requires_grad_()
+    leaves = [a, layer.bias.requires_grad_(), layer.down.requires_grad_()]
+    upstream = smt.activations(2, 3, 70, dtype=dtype, seed=5, device=device)
+    got = torch.autograd.grad(layer(a), leaves, upstream)
+    weight = smt.dequantized(layer.codes, layer.scales, 32)
+    low = nn.functional.linear(nn.functional.linear(a, layer.down), layer.up)
+    wanted = torch.autograd.grad(nn.functional.linear(a, weight, layer.bias) + low, leaves, upstream)
+    for name, x, y in zip(("a", "bias", "down"), got, wanted, strict=True):
+        error = (x - y).float().norm() / y.float().norm()  # the terms of the sums are in another order
+        assert error < (1e-5 if dtype == torch.float32 else 1e-2), f"gradient of {name}: {error}"
+
+
+@pytest.mark.parametrize("rank", [1, 6, 64, 70, 128])
+def test_a_packed_factor_holds_each_rank_once(rank):
+    up = torch.randn(70, rank)
+    wide = low_rank.spread(up)
+    assert wide.shape == (70, low_rank.tail_columns(rank)) == (70, 128 * -(-rank // 64))
+    assert (wide != 0).sum() == up.numel()
+    assert ((wide.view(70, -1, 4) != 0).sum(2) <= 2).all()
+    assert torch.equal(low_rank.gather(wide, rank), up)
+    t = torch.randn(2, 3, rank)
+    torch.testing.assert_close(low_rank.twice(t) @ wide.t(), t @ up.t())
+    quantized = quantize_up(up, 64, 8)
+    error = (low_rank.gather(quantized.dequantize(), rank) - up).norm() / up.norm()
+    assert error < 0.02, error
 
 
 def test_forward_mode_gradient(device):
@@ -211,7 +264,34 @@ BAD = {
     "rank 0": ("down", lambda t: t[:0], "down: expected a rank .* of at least 1, got 0"),
     "rank of up": ("up", lambda t: t[:, :8], r"up: expected shape \[72, 16\] .*, got \[72, 8\]"),
     "N of up": ("up", lambda t: t[:64], r"up: expected shape \[72, 16\] .*, got \[64, 16\]"),
+    "scales of a dense up": ("up_scales", lambda _: torch.ones(1, 72), r"up_scales: expected None, .*, got \[1, 72\]"),
 }
+BAD_PACKED = {
+    "dtype of down": ("down", lambda t: t.double(), "down: expected dtype float(16|32).*, got float64; convert"),
+    "scales of up": ("up_scales", lambda _: None, "up_scales: expected the scales of a packed up, got None"),
+    "dtype of the scales": ("up_scales", lambda t: t.double(), "up_scales: expected dtype float.*, got float64"),
+    "groups of the scales": ("up_scales", lambda t: t[:1], r"up_scales: expected shape \[2, 72\] .*, got \[1, 72\]"),
+    "another rank": ("down", lambda t: t.repeat(5, 1), r"up: expected shape .* since the rank is 80, got"),
+    "rows of up": ("up_packed", lambda t: t[:1], r"up: expected shape \[2, .*, got \[1, "),
+    "whole rows": (
+        "group_size",
+        lambda _: -1,
+        r"up: expected a floating type \[N, rank\] for group_size -1, got int32",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PACKED)
+def test_bad_packed_factors(device, case):
+    name, spoil, message = BAD_PACKED[case]
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    layer = Corrected(72, 136, 16, 64, dtype=dtype, device=device, packed_up=True)
+    a = smt.activations(3, 136, dtype=dtype, device=device)
+    setattr(layer, name, spoil(getattr(layer, name)))
+    if case == "whole rows":
+        layer.scales = layer.scales[:1]
+    with pytest.raises(RuntimeError, match=f"^{NAME}: {message}"):
+        layer(a)
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -275,8 +355,42 @@ def test_problems_without_a_kernel_for_the_correction():
     for m, rank in [(17, 64), (1, 136), (1, 20), (1, 0)]:
         with pytest.raises(ValueError, match=r"low-rank correction: expected .*, got"):
             _core.plan_low_rank_with_tile(_core.Problem(m, 4096, 4096), H100, rank, TILES[0])
-    with pytest.raises(ValueError, match="adds no low-rank correction"):
+    with pytest.raises(ValueError, match="expected a tile of another kernel, since this one adds none"):
         _core.plan_low_rank_with_tile(_core.Problem(1, 4096, 4096), H100, 64, 0)
+    with pytest.raises(ValueError, match="expected a packed second factor"):
+        _core.plan_low_rank_with_tile(_core.Problem(32, 4096, 4096), H100, 64, WIDE_TILES[0])
+
+
+@pytest.mark.parametrize("m", [1, 16, 17, 64, 200, 1024, 8192])
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (28672, 4096), (4096, 14336), (520, 1096)])
+def test_plans_with_a_packed_factor(n, k, m):
+    for rank in (8, 64, 72, 128, 192):
+        problem = _core.Problem(m, n, k)
+        plan = _core.plan_low_rank(problem, H100, rank, True)
+        decodes = m <= 16 and rank <= 128 and k % 64 == 0
+        assert (plan.rank, plan.tail, plan.lead > 0) == (rank, -(-rank // 64), decodes)
+        assert _core.TILES[plan.tile].kernel == ("decode" if decodes else "sm90")
+        if decodes:  # room for more stages, as it is smaller
+            dense = _core.plan_low_rank_with_tile(problem, H100, rank, plan.tile, plan.splits)
+            assert plan.smem_bytes < dense.smem_bytes or plan.num_stages >= dense.num_stages
+
+
+def test_problems_without_a_kernel_for_a_packed_factor():
+    a100 = _core.Device(80, 108, 163 << 10, 164 << 10, 40 << 20)
+    for m, n, k, rank, device in [
+        (17, 4096, 4096, 1032, H100),
+        (17, 4096, 4096, 20, H100),
+        (17, 4096, 4100, 64, H100),
+        (1, 4097, 4096, 64, H100),
+        (17, 4096, 4096, 64, a100),
+    ]:
+        problem = _core.Problem(m, n, k)
+        plan = _core.plan_low_rank(problem, device, rank, True)
+        assert (plan.rank, plan.tail, plan.tile) == (0, 0, _core.plan(problem, device).tile)
+        with pytest.raises(ValueError, match=r"expected|needs"):
+            _core.plan_low_rank_with_tile(problem, device, rank, WIDE_TILES[0], packed=True)
+    with pytest.raises(ValueError, match="expected a group size above 0"):
+        _core.plan_low_rank_with_tile(_core.Problem(32, 4096, 4096, -1), H100, 64, WIDE_TILES[0], packed=True)
 
 
 def test_the_cases_cover_the_kernel():

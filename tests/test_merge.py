@@ -11,12 +11,15 @@ from torch import nn
 import sparse_marlin
 from sparse_marlin import SparseMarlinLinear
 from sparse_marlin import testing as smt
+from sparse_marlin.low_rank import quantize_up
 from sparse_marlin.merge import MergedPart, MergedWeight
 
 HIDDEN, HEADS, INNER = 128, 64, 192
 
 
-def make_layer(k, n, seed=0, *, bias=False, device="cpu", dtype=torch.float16, group_size=64, num_bits=4, rank=0):
+def make_layer(
+    k, n, seed=0, *, bias=False, device="cpu", dtype=torch.float16, group_size=64, num_bits=4, rank=0, packed=False,
+):  # fmt: skip
     """With a correction, layers of one input and rank have the same `correction_down`."""
     codes = smt.random_codes(n, k, num_bits, seed, device)
     scales = smt.random_scales(n, k, group_size, dtype, seed, device)
@@ -24,6 +27,7 @@ def make_layer(k, n, seed=0, *, bias=False, device="cpu", dtype=torch.float16, g
     factors = None
     if rank:
         up = smt.activations(n, rank, dtype=dtype, seed=seed + 60, device=device) * 0.1
+        up = quantize_up(up, group_size, num_bits) if packed else up
         factors = up, smt.activations(rank, k, dtype=dtype, seed=k, device=device) * 0.1
     return SparseMarlinLinear.from_codes(codes, scales, b, group_size=group_size, num_bits=num_bits, correction=factors)
 
@@ -66,6 +70,7 @@ SETTINGS = (
     {"num_bits": 8},
     {"group_size": -1, "dtype": torch.bfloat16},
     {"rank": 16, "bias": True},
+    {"rank": 72, "packed": True, "num_bits": 8},
 )
 
 
@@ -146,6 +151,7 @@ UNFIT = {
     "bits": (lambda: make_layer(HIDDEN, 64, 1, num_bits=8), []),
     "bias": (lambda: make_layer(HIDDEN, 64, 1, bias=True), []),
     "correction": (lambda: make_layer(HIDDEN, 64, 1, rank=8), []),
+    "packed correction": (lambda: make_layer(HIDDEN, 64, 1, rank=8, packed=True), []),
     "rows": (lambda: make_layer(HIDDEN, 65, 1), [("q", "k")]),
     "fits": (lambda: make_layer(HIDDEN, 64, 1), [("q", "k", "v")]),
 }

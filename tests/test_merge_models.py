@@ -182,9 +182,10 @@ def test_a_merged_layer_takes_no_other_tensor():
     assert not model.k.training
 
 
-def test_layers_with_one_correction(device, tmp_path):
+@pytest.mark.parametrize("packed", [False, True])
+def test_layers_with_one_correction(device, packed):
     x = inputs(device)
-    plain = Block(device=device, rank=8)
+    plain = Block(device=device, rank=8, packed=packed)
     before = {key: value.clone() for key, value in plain.state_dict().items()}
     model = merged(copy.deepcopy(plain), x)
     assert called(model, x)[1] == ["sparse_marlin_gemm_low_rank"] * 4

@@ -17,6 +17,7 @@ import sparse_marlin
 from sparse_marlin import SparseMarlinLinear, save_checkpoint
 from sparse_marlin.checkpoint import LayerSpec
 from sparse_marlin.legacy import export_checkpoint
+from sparse_marlin.low_rank import quantize_up
 from sparse_marlin.parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -137,12 +138,16 @@ def test_parts_of_a_layer_make_the_layer(device, shape, world_size):
     assert_accepted(total, x, layer.codes(), layer.scales, group_size, layer.bias, "rows")
 
 
-@pytest.mark.skipif(not hasattr(random_layer(4, 4), "rank"), reason="layers of this version have no correction")
-def test_a_low_rank_correction_is_cut_with_its_layer(device):
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_low_rank_correction_is_cut_with_its_layer(device, packed):
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     layer = random_layer(N, K, dtype=dtype, device=device)
     torch.manual_seed(0)
-    layer._set_correction("layer", torch.randn(N, 8) * 0.1, torch.randn(8, K) * 0.1)
+    up = torch.randn(N, 8, device=device) * 0.1
+    if packed:
+        up = quantize_up(up, layer.group_size, layer.num_bits, scale_dtype=dtype)
+    layer._set_correction("layer", up, torch.randn(8, K) * 0.1)
+    assert layer.packed_correction == packed
     x = activations(5, K, dtype=dtype, device=device)
     wanted, eps = layer(x).double(), torch.finfo(dtype).eps
     columns = [cut_linear(layer, True, part)(x) for part in split_layer(layer, 3, True)]

@@ -39,6 +39,10 @@ struct Pair<__half> {
   static __device__ __forceinline__ float high_to_float(uint32_t v) {
     return __high2float(*reinterpret_cast<const __half2*>(&v));
   }
+  static __device__ __forceinline__ uint32_t of(float low, float high) {  // each rounded
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
   static constexpr uint32_t kOne = 0x3C003C00;
 };
 
@@ -52,6 +56,10 @@ struct Pair<__nv_bfloat16> {  // sm_80 has the fused form alone
   static __device__ __forceinline__ uint32_t broadcast(uint32_t v) { return __byte_perm(v, 0, 0x1010); }
   static __device__ __forceinline__ float to_float(uint32_t v) { return __uint_as_float(v << 16); }
   static __device__ __forceinline__ float high_to_float(uint32_t v) { return __uint_as_float(v & 0xffff0000); }
+  static __device__ __forceinline__ uint32_t of(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
   static constexpr uint32_t kOne = 0x3F803F80;
 };
 

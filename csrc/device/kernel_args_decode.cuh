@@ -21,6 +21,13 @@ struct LowRankArgs {
   int lead_clusters;
   int step;         // blocks that multiply
   int num_readers;  // blocks that read the sums
+  // `up` in 128-column tiles of packed_24; tail == 0: dense, by its map alone
+  int tail;
+  int slice_bytes;
+  const char* up;
+  int64_t up_row_bytes;  // between two rows of row tiles
+  int up_code_bytes;     // of a block
+  uint32_t up_bytes;     // with its scales
 };
 
 // What a warp must know to ask for its first weights, in one line of the constant cache: at the start of a launch each line takes hundreds
@@ -54,7 +61,9 @@ struct KernelArgsDecode {
   KernelArgs gemm;
   CUtensorMap acts_map;    // [k / 64][m][64], box: the tokens and columns of a chunk
   CUtensorMap scales_map;  // [groups, n], box: groups of a chunk x block_n features; unset where channelwise
-  CUtensorMap up_map;      // [n, rank], box: block_n features x 64 ranks; unset without a correction
+  CUtensorMap
+      up_map;  // of a correction: [n, rank], box: block_n features x 64 ranks; where `up` is packed, its scales: [groups,
+               // n], box: all groups x block_n features
   SmemDecode smem;
   uint32_t splits_inverse;  // device/scheduler.cuh
   uint32_t zero;            // 0, which the compiler must not know (run in mainloop_decode.cuh)

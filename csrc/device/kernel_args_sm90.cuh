@@ -26,14 +26,20 @@ struct KernelArgsSm90 {
   CUtensorMap weights_map;  // [row tiles, 1024-byte rows, 256 words], box: what a block reads of a 128-column tile
   CUtensorMap scales_map;   // [groups, n], box: groups of a 128-column tile x block_n features; unset where channelwise
   CUtensorMap out_map;      // [m, n], box: tokens of a pass x 64 features; unset where !copies_out
-  uint64_t weights_policy;  // in L2
-  Divisor cols;             // column tiles of k
-  uint64_t* flags;          // of ranges whose sums are in gemm.partials: [range][consumer], then equal to the token
-  uint64_t token;           // of this launch
-  int last_tokens;          // rows past the end, which arrive as zeros, would take a copy longer than rows that exist
-  uint32_t scales_bytes;    // of a stage
-  int copies_out;           // the output leaves by tensor copies, otherwise the threads store it
-  uint32_t zero;            // 0, which the compiler must not know (renew in mainloop_sm90.cuh)
+  // Of a low-rank correction with a packed second factor (plan/low_rank.h), whose column tiles come after the weight's; otherwise unset.
+  CUtensorMap tail_acts_map;  // [m, rank], boxes as those of acts_map and last_map
+  CUtensorMap tail_last_map;
+  CUtensorMap tail_weights_map;  // [row tiles, 1024-byte rows, 256 words]
+  CUtensorMap tail_scales_map;   // [groups, n]
+  uint64_t weights_policy;       // in L2
+  Divisor cols;                  // column tiles of k
+  uint64_t* flags;        // of ranges whose sums are in gemm.partials: [range][consumer], then equal to the token
+  uint64_t token;         // of this launch
+  int own_cols;           // column tiles of the weight: those from here on are the correction's
+  int last_tokens;        // rows past the end, which arrive as zeros, would take a copy longer than rows that exist
+  uint32_t scales_bytes;  // of a stage
+  int copies_out;         // the output leaves by tensor copies, otherwise the threads store it
+  uint32_t zero;          // 0, which the compiler must not know (renew in mainloop_sm90.cuh)
 };
 
 }  // namespace sparse_marlin::device

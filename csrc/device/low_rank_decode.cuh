@@ -3,7 +3,8 @@
 //   project  blocks in front of the grid: 8 ranks x a share of k each, dense MMAs, operands straight from L2 into registers
 //   receive  in the others, the warp that loads waits for their flags while the rest multiply, and copies t = acts * down^T, share by
 //            share, from the workspace into shared memory
-//   expand   at the end of an output tile each warp adds its part of up * t to its sums, as if k were longer
+//   expand   at the end of an output tile each warp adds its part of up * t to its sums, as if k were longer: dense MMAs, or, where `up`
+//            is packed, sparse ones like those of the weight, a step of 32 columns a warp
 //
 // All of it runs once in a block, from an instruction cache that has none of it: short code is fast code, so loops of receive
 // and expand are not unrolled, other than over registers.
@@ -12,8 +13,6 @@
 // has seen all flags clears them. A block waits for blocks of lower number alone, which start before it: however few run at once,
 // those it waits for do.
 #pragma once
-#include <type_traits>
-
 #include "device/mainloop_decode.cuh"
 #include "device/ptx/flag.cuh"
 #include "device/ptx/global.cuh"
@@ -183,13 +182,43 @@ struct LowRankPlaces : DecodePlaces<kTile, kMode, true> {
     ptx::mbarrier_init_fence();
     ask_up(this->first_tile());
   }
+  // A packed `up` has groups, so that of a channelwise weight is dense.
+  __device__ __forceinline__ bool packed() const { return kMode != ScaleMode::kNone && args.low.tail > 0; }
+  // A block's slices of it: in one row tile, or in whole ones.
+  static constexpr int kRunRows = kTile.block_n() < format::kTileRows ? kTile.block_n() : format::kTileRows;
+  static constexpr int kRunSlices = kRunRows / format::kSliceRows;
+  static_assert(kTile.block_n() % kRunRows == 0 && format::kTileRows % kRunRows == 0);
+
   // One thread's: the rows of `up` for an output tile. They depend on no kernel before this one.
   __device__ __forceinline__ void ask_up(int tile) const {
     constexpr int kBoxBytes = kTile.block_n() * kSwizzleRowBytes;
     const int boxes = up_boxes(args.low.rank), n = this->work(tile).tile_n * kTile.block_n();
+    if (packed()) {
+      ask_packed_up(n);
+      return;
+    }
     ptx::mbarrier_arrive_expect(up_full(), boxes * kBoxBytes);
 #pragma unroll 1
     for (int i = 0; i < boxes; ++i) ptx::tensor_load(up() + i * kBoxBytes, &args.up_map, i * kUpBoxRanks, n, up_full());
+  }
+  // [row tile][128-column tile] of slices, then the scales.
+  __device__ __forceinline__ void ask_packed_up(int n) const {
+    const LowRankArgs& low = args.low;
+    const int run_bytes = kRunSlices * low.slice_bytes;
+    ptx::mbarrier_arrive_expect(up_full(), low.up_bytes);
+    uint32_t to = up();
+#pragma unroll 1
+    for (int row = n; row < n + kTile.block_n(); row += kRunRows) {
+      const char* from = low.up + min(row / format::kTileRows, args.start.last_row_tile) * low.up_row_bytes +
+                         row % format::kTileRows / format::kSliceRows * low.slice_bytes;
+#pragma unroll 1
+      for (int i = 0; i < low.tail; ++i) {
+        ptx::bulk_load(to, from, run_bytes, up_full());
+        to += run_bytes;
+        from += format::kTileSlices * low.slice_bytes;
+      }
+    }
+    ptx::tensor_load(to, &args.up_map, n, 0, up_full());
   }
 };
 
@@ -278,19 +307,10 @@ struct LowRankExpand : LowRankPlaces<kTile, kMode> {
         sum = {sum.x + __uint_as_float(v.x), sum.y + __uint_as_float(v.y), sum.z + __uint_as_float(v.z),
                sum.w + __uint_as_float(v.w)};
       }
-      ptx::store_shared_v2(this->projected() + i / 2, {pack(sum.x, sum.y), pack(sum.z, sum.w)});
+      // rounded, as a dense product would return it
+      ptx::store_shared_v2(this->projected() + i / 2, {Pair<Act>::of(sum.x, sum.y), Pair<Act>::of(sum.z, sum.w)});
     }
     ptx::named_barrier(kBarrier, kThreads);
-  }
-  // Rounded, as a dense product would return it.
-  static __device__ __forceinline__ uint32_t pack(float low, float high) {
-    if constexpr (std::is_same_v<Act, __half>) {
-      const __half2 pair = __floats2half2_rn(low, high);
-      return *reinterpret_cast<const uint32_t*>(&pair);
-    } else {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-      return *reinterpret_cast<const uint32_t*>(&pair);
-    }
   }
   // Two neighbouring ranks of a token.
   __device__ __forceinline__ uint32_t projected_pair(int token, int rank) const {
@@ -303,6 +323,12 @@ struct LowRankExpand : LowRankPlaces<kTile, kMode> {
     const int ranks = args.low.rank;
     if (!this->corrects()) return;
     if (turn == 0) add_shares();
+    if constexpr (kMode != ScaleMode::kNone) {
+      if (this->packed()) {
+        add_packed(sums, warp, work, turn);
+        return;
+      }
+    }
     if (warp.warp_k * kRankUnit >= ranks) return;
     int lane = warp.lane;
     asm volatile("" : "+r"(lane));  // nothing below is worked out before the main loop, which has no registers for it
@@ -329,6 +355,58 @@ struct LowRankExpand : LowRankPlaces<kTile, kMode> {
         const ptx::FragB up = ptx::ldmatrix_x4(from + s * format::kSliceRows * kSwizzleRowBytes);
 #pragma unroll
         for (int q = 0; q < Warp::kBlocks; ++q) ptx::mma_16<Act>(sums.d[s][q].reg, up.reg, t[q]);
+      }
+    }
+  }
+
+  // The same of a packed `up`: the warps along k share out its steps.
+  __device__ __forceinline__ void add_packed(Sums& sums, const Warp& warp, const BlockWork& work, int turn) const {
+    const int steps = args.low.tail * format::kSliceSteps, ranks = args.low.rank;
+    if (warp.warp_k >= steps) return;
+    int lane = warp.lane;
+    asm volatile("" : "+r"(lane));  // as above
+    const int g = lane / format::kLanesPerRow, c = lane % format::kLanesPerRow;
+    const int token0 = work.tile_m * kTile.block_m + g, slice0 = warp.warp_n * Warp::kSlices;
+    // of a matrix of scales that is read transposed, as in mainloop_decode.cuh
+    const uint32_t scales =
+        this->up() + args.low.up_code_bytes + (slice0 * format::kSliceRows + lane % 2 * format::kHalfRows) * kActBytes;
+    ptx::mbarrier_wait(this->up_full(), turn & 1);
+#pragma unroll 1
+    for (int at = warp.warp_k; at < steps; at += kTile.warps_k) {
+      const int tile = at / format::kSliceSteps, step = at % format::kSliceSteps;
+      // the halves of a column tile multiply the same ranks
+      const int rank0 = tile * kTailRanks + step % (format::kSliceSteps / kHalves) * format::kStepCols;
+      ptx::FragB t[Warp::kBlocks];
+#pragma unroll
+      for (int q = 0; q < Warp::kBlocks; ++q) {
+        const int token = min(token0 + q * kMmaTokens, args.gemm.m - 1);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int rank = rank0 + i * kProjectRanks;
+          t[q].reg[i] = rank < ranks ? projected_pair(token, rank + 2 * c) : 0;
+        }
+      }
+      const uint32_t group = scales + (at * format::kStepCols >> args.gemm.group_shift) * kTile.block_n() * kActBytes;
+#pragma unroll
+      for (int s = 0; s < Warp::kSlices; ++s) {
+        const int slice = slice0 + s;
+        const uint32_t from = this->up() + ((slice / Base::kRunSlices * args.low.tail + tile) * Base::kRunSlices +
+                                            slice % Base::kRunSlices) *
+                                               Warp::kSliceBytes;
+        const ptx::FragA w = Warp::codes_of_step(from, lane, step);
+        const uint32_t e = ptx::load_shared_32(from + Warp::kMetaOffset + lane * uint32_t{sizeof(uint2)} +
+                                               step / 2 * format::kWordBytes);
+        Sums products;
+#pragma unroll
+        for (int q = 0; q < Warp::kBlocks; ++q) {
+          products.d[s][q] = {};
+          if (step % 2 == 0) {
+            ptx::mma_sp<Act, 0>(products.d[s][q], w, t[q], e);
+          } else {
+            ptx::mma_sp<Act, 1>(products.d[s][q], w, t[q], e);
+          }
+        }
+        warp.template add_scaled<1>(sums, products, group, 0, s);
       }
     }
   }

@@ -150,7 +150,7 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
   __device__ __forceinline__ Places places() const {
     Places p;
     p.codes = lane * uint32_t{sizeof(uint4)};
-    p.meta = format::slice_code_words(kBits) * format::kWordBytes + lane * uint32_t{sizeof(uint2)};
+    p.meta = kMetaOffset + lane * uint32_t{sizeof(uint2)};
 #pragma unroll
     for (int h = 0; h < kHalves; ++h) {
 #pragma unroll
@@ -206,6 +206,21 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
       return Codes::run(words);
     } else {
       const uint32_t words[2] = {step % 2 == 0 ? v.x : v.z, step % 2 == 0 ? v.y : v.w};
+      return Codes::run(words);
+    }
+  }
+
+  static constexpr int kMetaOffset = format::slice_code_words(kBits) * format::kWordBytes;  // in a slice
+  // The same of the slice at `slice`, for a step that the compiler does not know.
+  static __device__ __forceinline__ ptx::FragA codes_of_step(uint32_t slice, int lane, int step) {
+    const uint32_t at = slice + lane * uint32_t{sizeof(uint4)};
+    if constexpr (kBits == 4) {
+      const uint32_t words[1] = {ptx::load_shared_32(at + step * format::kWordBytes)};
+      return Codes::run(words);
+    } else {
+      const uint2 v = ptx::load_shared_v2(at + step / kPlaneSteps * (format::kLanes * uint32_t{sizeof(uint4)}) +
+                                          step % kPlaneSteps * uint32_t{sizeof(uint2)});
+      const uint32_t words[2] = {v.x, v.y};
       return Codes::run(words);
     }
   }

@@ -1,10 +1,13 @@
 // The warpgroup of the Hopper kernel that keeps the ring of stages filled.
 #pragma once
+#include <type_traits>
+
 #include "device/pipeline_sm90.cuh"
 #include "device/ptx/bulk_copy.cuh"
 #include "device/ptx/cp_async.cuh"
 #include "device/ptx/dependent_launch.cuh"
 #include "device/ptx/flag.cuh"
+#include "plan/low_rank.h"
 
 namespace sparse_marlin::device {
 
@@ -61,31 +64,38 @@ struct ProducerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
     }
   }
 
-  // Calls ask(col, stage, barrier) for each column of the tile, when the stage is free.
+  // Column tiles of the weight, and behind them those of a correction's packed factor, which are copied by other maps.
+  using Own = std::false_type;
+  using Tail = std::true_type;
+  // Calls ask(Own or Tail, column tile of it, stage, barrier) for each column tile of the work, when the stage is free.
   template <typename Ask>
   __device__ __forceinline__ void for_each_col(const BlockWork& work, Place& place, const Ask& ask) const {
-#pragma unroll 1
-    for (int col = work.first_col; col < work.last_col; ++col) {
+    int col = work.first_col;
+    const auto next = [&](auto which, int tile) {
       ptx::mbarrier_wait(this->empty(place.stage), place.parity);
-      ask(col, place.stage, this->full(place.stage));
+      ask(which, tile, place.stage, this->full(place.stage));
       place = place.next();
-    }
+    };
+#pragma unroll 1
+    for (; col < min(work.last_col, args.own_cols); ++col) next(Own{}, col);
+#pragma unroll 1
+    for (; col < work.last_col; ++col) next(Tail{}, col - args.own_cols);
   }
   __device__ __forceinline__ void ask_weights(const BlockWork& work, Place& place) const {
     const int row_tile = this->feature0(work) / format::kTileRows;
     const uint64_t policy = args.weights_policy;
-    for_each_col(work, place, [&](int col, int stage, uint32_t barrier) {
+    for_each_col(work, place, [&](auto tail, int col, int stage, uint32_t barrier) {
       ptx::mbarrier_arrive_expect(barrier, kTile.row_tiles() * kSmem.tile_bytes);
-      ptx::tensor_load_3d(this->weights_at(stage), &args.weights_map, 0, col * (kSmem.tile_bytes / kMapRowBytes),
-                          row_tile, barrier, policy);
+      ptx::tensor_load_3d(this->weights_at(stage), tail() ? &args.tail_weights_map : &args.weights_map, 0,
+                          col * (kSmem.tile_bytes / kMapRowBytes), row_tile, barrier, policy);
     });
   }
   __device__ __forceinline__ void ask_scales(const BlockWork& work, Place& place) const {
     const int feature = this->feature0(work);
-    for_each_col(work, place, [&](int col, int stage, uint32_t barrier) {
+    for_each_col(work, place, [&](auto tail, int col, int stage, uint32_t barrier) {
       ptx::mbarrier_arrive_expect(barrier, args.scales_bytes);
-      ptx::tensor_load(this->weights_at(stage) + Base::kScalesOffset, &args.scales_map, feature,
-                       col * format::kTileCols >> args.gemm.group_shift, barrier);
+      ptx::tensor_load(this->weights_at(stage) + Base::kScalesOffset, tail() ? &args.tail_scales_map : &args.scales_map,
+                       feature, col * format::kTileCols >> args.gemm.group_shift, barrier);
     });
   }
   // Blocks that share their activations bring each other one half of the columns each.
@@ -95,19 +105,23 @@ struct ProducerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
     constexpr uint16_t kBlocks = (1 << kMaxShare) - 1;
     const int token = work.tile_m * kTile.block_m, own_half = this->share_rank();
     const bool last = work.tile_m == args.start.order.tiles_m - 1;
-    const CUtensorMap* const map = last ? &args.last_map : &args.acts_map;
+    const CUtensorMap* const own_map = last ? &args.last_map : &args.acts_map;
     const uint32_t bytes = last ? kHalves * kSwizzleRowBytes * args.last_tokens : kSmem.acts_bytes;
-    for_each_col(work, place, [&](int col, int stage, uint32_t barrier) {
+    for_each_col(work, place, [&](auto tail, int col, int stage, uint32_t barrier) {
+      // both halves of a column tile of the correction multiply the same ranks
+      constexpr int kHalfStep = tail() ? 0 : kHalfCols;
+      const CUtensorMap* map = own_map;
+      if (tail()) map = last ? &args.tail_last_map : &args.tail_acts_map;
       const uint32_t to = this->acts_at(stage);
-      const int column = col * format::kTileCols;
+      const int column = col * (tail() ? kTailRanks : format::kTileCols);
       ptx::mbarrier_arrive_expect(barrier, bytes);
       if (args.start.share > 1) {
-        ptx::tensor_load_multicast(to + own_half * kHalfBytes, map, column + own_half * kHalfCols, token, barrier,
+        ptx::tensor_load_multicast(to + own_half * kHalfBytes, map, column + own_half * kHalfStep, token, barrier,
                                    kBlocks);
       } else {
 #pragma unroll
         for (int half = 0; half < kHalves; ++half)
-          ptx::tensor_load(to + half * kHalfBytes, map, column + half * kHalfCols, token, barrier);
+          ptx::tensor_load(to + half * kHalfBytes, map, column + half * kHalfStep, token, barrier);
       }
     });
   }

@@ -159,7 +159,7 @@ std::string launch(const Problem& problem, const Plan& plan, const GemmParams& p
   if (status == cudaSuccess) {
     switch (family(plan.tile)) {
       case Family::kSm80: status = launch_sm80(problem, plan, args, device, stream); break;
-      case Family::kSm90: status = launch_sm90(problem, plan, args, device, stream); break;
+      case Family::kSm90: status = launch_sm90(problem, plan, args, factors, device, stream); break;
       case Family::kDecode: status = launch_decode(problem, plan, args, factors, next, device, stream); break;
     }
   }

@@ -54,6 +54,7 @@ cudaError_t write_maps(device::KernelArgsDecode& args, const Problem& problem, c
 
 device::LowRankArgs low_rank_args(const Problem& problem, const Plan& plan, const device::KernelArgs& gemm,
                                   const LowRankFactors& factors) {
+  const TileDecode& tile = tile_decode(plan.tile);
   char* base = static_cast<char*>(gemm.params.workspace) + workspace(problem, 0).size;
   const LowRankWorkspace places = low_rank_workspace(problem.m, problem.k, plan.rank);
   device::LowRankArgs low{};
@@ -69,7 +70,36 @@ device::LowRankArgs low_rank_args(const Problem& problem, const Plan& plan, cons
   low.lead_clusters = plan.lead / plan.splits;
   low.step = static_cast<int>(plan.grid) - plan.lead;
   low.num_readers = low.step / plan.splits;
+  if (plan.tail > 0) {
+    low.tail = plan.tail;
+    low.slice_bytes = format::slice_bytes(problem.num_bits);
+    low.up = static_cast<const char*>(factors.up);
+    low.up_row_bytes = factors.up_row_words * format::kWordBytes;
+    low.up_code_bytes = tail_code_bytes(tile, problem.num_bits, plan.tail);
+    low.up_bytes = static_cast<uint32_t>(up_bytes(tile, problem, {plan.rank, true}));
+  }
   return low;
+}
+
+cudaError_t write_up_map(device::KernelArgsDecode& args, const Problem& problem, const Plan& plan,
+                         const LowRankFactors& factors) {
+  const TileDecode& tile = tile_decode(plan.tile);
+  if (plan.tail > 0) {
+    const int groups = tail_groups(plan.tail, problem.group_size);
+    return TensorMap<2>{act_type(problem),
+                        factors.up_scales,
+                        {size(problem.n), size(groups)},
+                        {size(problem.n) * kActBytes},
+                        {extent(tile.block_n()), extent(groups)}}
+        .write(&args.up_map);
+  }
+  return TensorMap<2>{act_type(problem),
+                      factors.up,
+                      {size(plan.rank), size(problem.n)},
+                      {size(plan.rank) * kActBytes},
+                      {extent(kUpBoxRanks), extent(tile.block_n())},
+                      CU_TENSOR_MAP_SWIZZLE_128B}
+      .write(&args.up_map);
 }
 
 device::DecodeStart start_args(const Problem& problem, const Plan& plan, const device::KernelArgs& gemm,
@@ -115,19 +145,13 @@ cudaError_t launch_decode(const Problem& problem, const Plan& plan, const device
   args.gemm = gemm;
   const Device& gpu = device_properties(device);
   const TileDecode& tile = tile_decode(plan.tile);
-  args.smem = decode_layout(problem, tile, plan.splits, gpu.num_sms, gpu.smem_per_sm, plan.rank);
+  args.smem = decode_layout(problem, tile, plan.splits, gpu.num_sms, gpu.smem_per_sm, {plan.rank, plan.tail > 0});
   args.splits_inverse = device::inverse(plan.splits);
   args.start = start_args(problem, plan, gemm, args.smem);
   status = write_maps(args, problem, tile);
   if (status == cudaSuccess && plan.rank > 0) {
     args.low = low_rank_args(problem, plan, gemm, factors);
-    status = TensorMap<2>{act_type(problem),
-                          factors.up,
-                          {size(plan.rank), size(problem.n)},
-                          {size(plan.rank) * kActBytes},
-                          {extent(kUpBoxRanks), extent(tile.block_n())},
-                          CU_TENSOR_MAP_SWIZZLE_128B}
-                 .write(&args.up_map);
+    status = write_up_map(args, problem, plan, factors);
   }
   if (status != cudaSuccess) return status;
   args.next = {static_cast<const char*>(next.start), static_cast<uint32_t>(std::min(next.bytes, kMostAhead))};

@@ -101,6 +101,12 @@ double read_again(const Device& device, const Plan& plan, double tiles_m, double
          missed(apart * weights, kept - acts) * std::max(0.0, streamed * tile_weights - weights);
 }
 
+double up_bytes_of_feature(const Problem& problem, const Plan& plan) {
+  if (plan.tail == 0) return plan.rank * kActBytes;
+  return plan.tail * static_cast<double>(format::tile_bytes(problem.num_bits)) / format::kTileRows +
+         tail_groups(plan.tail, problem.group_size) * kActBytes;
+}
+
 double pow_sum(double work, double dram_us, double l2_us, double power) {
   return std::pow(std::pow(work, power) + std::pow(dram_us, power) + std::pow(l2_us, power), 1 / power);
 }
@@ -136,7 +142,10 @@ Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
   const double block_weights = weights / format::row_tiles(problem.n) * block_n(plan.tile) / format::kTileRows;
   const double block_acts = acts / m * std::min<double>(m, block_m(plan.tile));
   const double again = plan.splits < 0 ? read_again(device, plan, tiles_m, tiles_n, block_acts, block_weights) : 0;
-  const double factors = plan.rank * (problem.k + problem.n) * kActBytes;
+  // Of a correction; what the wgmma.sp kernel adds is columns of the problem.
+  const bool projects = plan.lead > 0;
+  const double up_row = up_bytes_of_feature(problem, plan);
+  const double factors = projects ? plan.rank * problem.k * double{kActBytes} + up_row * problem.n : 0;
   const double bandwidth = dram_bytes_per_us_sm(device) * sms, whole = e.turns / (e.turns + e.range_turns);
   e.dram_us = whole * (weights + acts + out + factors) / bandwidth;
   e.range_dram_us = ((1 - whole) * (weights + acts + out) + again) / bandwidth;
@@ -145,8 +154,8 @@ Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
   e.l2_us = shares * (block_weights + block_acts / share(plan.tile)) / kL2BytesPerUsSm;
   e.range_l2_us = e.last_wave * e.range_turns / col_tiles * (block_weights + block_acts) / kL2BytesPerUsSm;
   // Rows of `up` for every tile, of which one block of a cluster adds the correction, and t for every block.
-  if (plan.rank > 0) {
-    const double up = e.tiles / splits * tile_n(plan.tile) * plan.rank * kActBytes;
+  if (projects) {
+    const double up = e.tiles / splits * tile_n(plan.tile) * up_row;
     const double t = (e.full_waves > 0 ? e.resident : e.last_wave) * projected_bytes(problem.m, problem.k, plan.rank);
     e.l2_us += (up + t) / kL2BytesPerUsSm;
   }
@@ -157,7 +166,7 @@ Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
 
 double predicted_us(const Problem& problem, const Device& device, const Plan& plan) {
   const Effort e = effort(problem, device, plan);
-  const TileCost& c = plan.rank > 0 ? kLowRankCosts[tile_decode_index(plan.tile)] : kTileCosts[plan.tile];
+  const TileCost& c = plan.lead > 0 ? kLowRankCosts[tile_decode_index(plan.tile)] : kTileCosts[plan.tile];
   double turn = e.full_waves * (c.turn + c.turn_block * e.resident);
   if (e.last_wave > 0) turn += c.turn + c.turn_block * e.last_wave;
   const double whole = pow_sum(e.turns * turn + c.tile * e.tiles, c.dram * e.dram_us, c.l2 * e.l2_us, c.power);

@@ -1,8 +1,12 @@
-// How the decode kernel computes a low-rank correction, out += (acts * down^T) * up^T, with down [rank, k] and up [n, rank]: numbers
-// that the planner, the launcher and the kernel share.
+// How a low-rank correction is computed, out += (acts * down^T) * up^T, with down [rank, k] and up [n, rank]: numbers that the planner,
+// the launchers and the kernels share.
 //
-// Blocks in front of the grid project: t = acts * down^T. Each takes 8 ranks and a share of k; the other blocks add up the shares in a
-// fixed order.
+// `up` is dense, or packed_24 like the weight: then it is a weight of 128 columns for every 64 ranks, of which each rank fills one,
+// in the first half of them where rank % 4 < 2, otherwise in the second half, 64 columns on. So every quad has two values, and what
+// this weight multiplies is t = acts * down^T, twice for every 64 ranks. It has scales of its own, in groups of the weight's size.
+//
+// The decode kernel: blocks in front of the grid project, t = acts * down^T. Each takes 8 ranks and a share of k; the other blocks add
+// up the shares in a fixed order.
 //   workspace  readers; flags [block that projects]; sums [share of k][token][rank + padding] float32
 #pragma once
 #include <algorithm>
@@ -13,12 +17,23 @@
 
 namespace sparse_marlin {
 
-inline constexpr int kMaxRank = 128;
+inline constexpr int kMaxRank = 128;           // of the decode kernel
+inline constexpr int kMaxRankPacked = 1024;    // where `up` is packed and the wgmma.sp kernel multiplies it
 inline constexpr int kMaxTokensLowRank = 16;   // that the projection's MMA takes
 inline constexpr int kRankUnit = 16;           // ranks of an MMA of the expansion
 inline constexpr int kProjectRanks = 8;        // of a block that projects: the rank is a multiple of it
 inline constexpr int kProjectCols = 32;        // of k that a warp of it takes at once
-inline constexpr int kUpBoxRanks = kHalfCols;  // ranks of `up` that one tensor copy brings
+inline constexpr int kUpBoxRanks = kHalfCols;  // ranks of a dense `up` that one tensor copy brings
+inline constexpr int kTailRanks = kHalfCols;   // ranks of a column tile of a packed `up`
+
+// 128-column tiles of a packed `up`.
+constexpr int tail_tiles(int64_t rank) { return static_cast<int>((rank + kTailRanks - 1) / kTailRanks); }
+
+struct Correction {
+  int rank = 0;         // 0: none
+  bool packed = false;  // `up`
+  constexpr int tail() const { return packed ? tail_tiles(rank) : 0; }
+};
 
 // Floats between two tokens of t; with 16-bit values in their place, pairs of 8 tokens lie in different banks.
 constexpr int projected_pitch(int rank) { return round_up(rank, 32) + 8; }

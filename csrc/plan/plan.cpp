@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdio>
+#include <limits>
 #include <span>
 #include <stdexcept>
 #include <vector>
@@ -120,8 +121,17 @@ void build_stream_k(Candidate& c, const Problem& problem, const Device& device, 
   p.predicted_us = predicted_us(problem, device, p);
 }
 
-void build_sm90(Candidate& c, const Problem& problem, const Device& device, int splits) {
+// The product's last column tiles are those of a packed second factor; only the copies that bring them know (device/producer_sm90.cuh).
+Problem with_tail(Problem problem, int tail) {
+  if (tail > 0) problem.k = (format::col_tiles(problem.k) + tail) * format::kTileCols;
+  return problem;
+}
+
+void build_sm90(Candidate& c, const Problem& without, const Device& device, int splits, const Correction& correction) {
   Plan& p = c.plan;
+  p.rank = correction.rank;
+  p.tail = correction.tail();
+  const Problem problem = with_tail(without, p.tail);
   const TileSm90 tile = tile_sm90(p.tile);
   const ShapeSm90& shape = tile.size();
   const SmemSm90 smem = smem_sm90(shape, problem.num_bits, scale_mode(problem.group_size));
@@ -167,7 +177,8 @@ void build_sm90(Candidate& c, const Problem& problem, const Device& device, int 
   p.predicted_us = predicted_us(problem, device, p);
 }
 
-void build_decode(Candidate& c, const Problem& problem, const Device& device, int splits, int rank) {
+void build_decode(Candidate& c, const Problem& problem, const Device& device, int splits,
+                  const Correction& correction) {
   Plan& p = c.plan;
   const TileDecode& tile = tile_decode(p.tile);
   if (splits > kMaxSplitsDecode) {
@@ -187,7 +198,8 @@ void build_decode(Candidate& c, const Problem& problem, const Device& device, in
     c.rejected = "needs in features that are a multiple of " + std::to_string(kDecodeColMultiple);
     return;
   }
-  const SmemDecode smem = decode_layout(problem, tile, splits, device.num_sms, device.smem_per_sm, rank);
+  const int rank = correction.rank;
+  const SmemDecode smem = decode_layout(problem, tile, splits, device.num_sms, device.smem_per_sm, correction);
   if (smem.stages == 0) {
     c.rejected = "no room for its stages";
     return;
@@ -199,6 +211,7 @@ void build_decode(Candidate& c, const Problem& problem, const Device& device, in
   p.grid = splits > 1 ? tiles * splits : std::min(tiles, most);
   if (rank > 0) {
     p.rank = rank;
+    p.tail = correction.tail();
     p.lead = lead_blocks(problem.m, problem.k, rank, splits);
     // Blocks that walk leave room for these, unless that makes a turn more: those that come later ask late for their weights.
     const auto turns = [tiles](int64_t blocks) { return (tiles + blocks - 1) / blocks; };
@@ -209,12 +222,43 @@ void build_decode(Candidate& c, const Problem& problem, const Device& device, in
   p.predicted_us = predicted_us(problem, device, p);
 }
 
-// rank > 0: with a low-rank correction in the same launch.
-Candidate build(const Problem& problem, const Device& device, int tile, int splits, int rank = 0) {
+// Why the kernel of a tile does not add such a correction, whatever the tile, or empty.
+std::string why_no_correction(const Problem& problem, int tile, const Correction& correction) {
+  const int rank = correction.rank;
+  if (rank < 1 || rank % kProjectRanks != 0 || rank > kMaxRankPacked)
+    return "a rank that is a multiple of " + std::to_string(kProjectRanks) + " up to " +
+           std::to_string(kMaxRankPacked) + ", got " + std::to_string(rank);
+  if (correction.packed && problem.group_size == kChannelwise)
+    return "a group size above 0 where the second factor is packed";
+  if (correction.packed && problem.n % kRowElements != 0)
+    return "out features that are a multiple of " + std::to_string(kRowElements) +
+           " where the second factor is packed, got " + std::to_string(problem.n);
+  if (family(tile) == Family::kDecode) {
+    if (rank > kMaxRank) return "a rank of at most " + std::to_string(kMaxRank) + ", got " + std::to_string(rank);
+    if (problem.m > kMaxTokensLowRank)
+      return "at most " + std::to_string(kMaxTokensLowRank) + " tokens, got " + std::to_string(problem.m);
+    return {};
+  }
+  if (family(tile) == Family::kSm80) return "a tile of another kernel, since this one adds none";
+  if (!correction.packed) return "a packed second factor";
+  if (problem.k % kRowElements != 0)
+    return "in features that are a multiple of " + std::to_string(kRowElements) + ", got " + std::to_string(problem.k);
+  return {};
+}
+
+// correction.rank > 0: with a low-rank correction in the same launch.
+Candidate build(const Problem& problem, const Device& device, int tile, int splits, const Correction& correction = {}) {
   Candidate c;
   c.plan.tile = tile;
   c.plan.splits = splits;
   const int64_t col_tiles = format::col_tiles(problem.k);
+  if (correction.rank != 0) {
+    const std::string expected = why_no_correction(problem, tile, correction);
+    if (!expected.empty()) {
+      c.rejected = "low-rank correction: expected " + expected;
+      return c;
+    }
+  }
   if (splits > col_tiles) {
     c.rejected = "more splits than 128-column tiles (" + std::to_string(col_tiles) + ")";
     return c;
@@ -227,22 +271,18 @@ Candidate build(const Problem& problem, const Device& device, int tile, int spli
     c.rejected = "needs a build with native code for 9.0a (TORCH_CUDA_ARCH_LIST)";
     return c;
   }
-  if (rank > 0 && family(tile) != Family::kDecode) {
-    c.rejected = "adds no low-rank correction";
-    return c;
-  }
   switch (family(tile)) {
     case Family::kSm80: build_sm80(c, problem, device, splits); break;
-    case Family::kSm90: build_sm90(c, problem, device, splits); break;
-    case Family::kDecode: build_decode(c, problem, device, splits, rank); break;
+    case Family::kSm90: build_sm90(c, problem, device, splits, correction); break;
+    case Family::kDecode: build_decode(c, problem, device, splits, correction); break;
   }
-  c.plan.spread = device.compute_capability == kHopper && rank == 0 && c.plan.grid <= device.num_sms;
+  c.plan.spread = device.compute_capability == kHopper && c.plan.lead == 0 && c.plan.grid <= device.num_sms;
   return c;
 }
 
-std::vector<Candidate> candidates(const Problem& problem, const Device& device, int rank = 0) {
+std::vector<Candidate> candidates(const Problem& problem, const Device& device, const Correction& correction = {}) {
   std::vector<Candidate> all;
-  for (int tile = rank > 0 ? kFirstTileDecode : 0; tile < kNumTiles; ++tile) {
+  for (int tile = 0; tile < kNumTiles; ++tile) {
     if (share(tile) > 1 && !may_share(problem, device, tile)) {
       Candidate& left_out = all.emplace_back();
       left_out.plan.tile = tile;
@@ -252,7 +292,7 @@ std::vector<Candidate> candidates(const Problem& problem, const Device& device, 
     const int64_t blocks =
         ((problem.m + block_m(tile) - 1) / block_m(tile)) * ((problem.n + block_n(tile) - 1) / block_n(tile));
     for (int splits : splits_of(tile)) {
-      all.push_back(build(problem, device, tile, splits, rank));
+      all.push_back(build(problem, device, tile, splits, correction));
       if (splits > 0 && (!all.back().rejected.empty() || blocks * splits > int64_t{kEnoughBlocks} * device.num_sms))
         break;
     }
@@ -266,16 +306,6 @@ const Candidate* best(const std::vector<Candidate>& all) {
     if (c.rejected.empty() && (chosen == nullptr || c.plan.predicted_us < chosen->plan.predicted_us)) chosen = &c;
   }
   return chosen;
-}
-
-// Why one launch cannot add a correction of this rank, whatever its tile, or empty.
-std::string why_no_low_rank(const Problem& problem, int64_t rank) {
-  if (rank < 1 || rank > kMaxRank || rank % kProjectRanks != 0)
-    return "expected a rank that is a multiple of " + std::to_string(kProjectRanks) + " up to " +
-           std::to_string(kMaxRank) + ", got " + std::to_string(rank);
-  if (problem.m > kMaxTokensLowRank)
-    return "expected at most " + std::to_string(kMaxTokensLowRank) + " tokens, got " + std::to_string(problem.m);
-  return {};
 }
 
 std::string tile_text(int tile) {
@@ -345,18 +375,26 @@ Plan plan(const Problem& problem, const Device& device) {
   return chosen->plan;
 }
 
-Plan plan_low_rank(const Problem& problem, const Device& device, int64_t rank) {
+Plan plan_low_rank(const Problem& problem, const Device& device, int64_t rank, bool packed) {
   const Plan plain = plan(problem, device);
-  if (!why_no_low_rank(problem, rank).empty()) return plain;
-  const std::vector<Candidate> all = candidates(problem, device, static_cast<int>(rank));
-  const Candidate* chosen = best(all);
-  // Another kernel may multiply faster, but not by what two products cost beside it.
-  return chosen != nullptr && chosen->plan.predicted_us < plain.predicted_us + kProductsUs ? chosen->plan : plain;
+  if (rank < 1 || rank > kMaxRankPacked) return plain;
+  Plan chosen = plain;
+  // Another kernel may multiply faster, but not by what products cost beside it. Those of a packed factor are many small steps.
+  double least = packed ? std::numeric_limits<double>::infinity() : plain.predicted_us + kProductsUs;
+  for (const Candidate& c : candidates(problem, device, {static_cast<int>(rank), packed})) {
+    if (!c.rejected.empty()) continue;
+    const double us = c.plan.predicted_us + (c.plan.lead == 0 ? kProductsUs / 2 : 0);
+    if (us < least) {
+      least = us;
+      chosen = c.plan;
+    }
+  }
+  return chosen;
 }
 
 namespace {
 
-Plan with_tile(const Problem& problem, const Device& device, int tile, int splits, int rank) {
+Plan with_tile(const Problem& problem, const Device& device, int tile, int splits, const Correction& correction) {
   const std::string why = why_unsupported(problem, device);
   if (!why.empty()) throw std::invalid_argument(why);
   if (tile < 0 || tile >= kNumTiles) {
@@ -371,10 +409,10 @@ Plan with_tile(const Problem& problem, const Device& device, int tile, int split
     throw std::invalid_argument("splits: expected 0 or more, got " + std::to_string(splits) +
                                 ": only the wgmma.sp kernel does stream-K");
   }
-  Candidate chosen = build(problem, device, tile, splits == 0 ? 1 : splits, rank);
+  Candidate chosen = build(problem, device, tile, splits == 0 ? 1 : splits, correction);
   for (int s : splits_of(tile)) {
     if (splits != 0) break;
-    Candidate c = build(problem, device, tile, s, rank);
+    Candidate c = build(problem, device, tile, s, correction);
     const bool better = !chosen.rejected.empty() || c.plan.predicted_us < chosen.plan.predicted_us;
     if (c.rejected.empty() && better) chosen = c;
   }
@@ -387,13 +425,13 @@ Plan with_tile(const Problem& problem, const Device& device, int tile, int split
 }  // namespace
 
 Plan plan_with_tile(const Problem& problem, const Device& device, int tile, int splits) {
-  return with_tile(problem, device, tile, splits, 0);
+  return with_tile(problem, device, tile, splits, {});
 }
 
-Plan plan_low_rank_with_tile(const Problem& problem, const Device& device, int64_t rank, int tile, int splits) {
-  const std::string why = why_no_low_rank(problem, rank);
-  if (!why.empty()) throw std::invalid_argument("low-rank correction: " + why);
-  return with_tile(problem, device, tile, splits, static_cast<int>(rank));
+Plan plan_low_rank_with_tile(const Problem& problem, const Device& device, int64_t rank, int tile, int splits,
+                             bool packed) {
+  const int narrowed = static_cast<int>(std::clamp<int64_t>(rank, -1, kMaxRankPacked + 1));
+  return with_tile(problem, device, tile, splits, {narrowed == 0 ? -1 : narrowed, packed});
 }
 
 std::string explain(const Problem& problem, const Device& device) {

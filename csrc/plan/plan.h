@@ -27,6 +27,7 @@ struct Plan {
   int num_stages = 0;           // depth of the shared-memory ring
   int64_t grid = 0;             // blocks
   int rank = 0;                 // of the low-rank correction that the launch adds (plan/low_rank.h), or 0
+  int tail = 0;                 // 128-column tiles of its second factor, where that is packed
   int lead = 0;                 // blocks of the grid that compute its projection
   int threads = 0;              // a block
   int smem_bytes = 0;           // dynamic, a block
@@ -53,11 +54,13 @@ std::string why_unsupported(const Problem& problem, const Device& device);
 Plan plan(const Problem& problem, const Device& device);
 // The best plan with the tile (and the split, unless 0) given: for tests and for tuning. Throws where the two do not fit.
 Plan plan_with_tile(const Problem& problem, const Device& device, int tile, int splits);
-// The best plan that multiplies and adds a low-rank correction in one launch; where there is none (many tokens, a large rank, a GPU or
-// a k that the decode kernel does not take), plan()'s, whose rank is 0: the correction is then left to two dense products.
-Plan plan_low_rank(const Problem& problem, const Device& device, int64_t rank);
-// With the tile (and the split, when > 0) given, as plan_with_tile; with a correction in any case.
-Plan plan_low_rank_with_tile(const Problem& problem, const Device& device, int64_t rank, int tile, int splits);
+// The best plan that multiplies and adds a low-rank correction in one launch: the decode kernel's, which projects, too, or, where `packed`
+// (the second factor), the wgmma.sp kernel's, for which a product before it has projected. Where there is none (a large rank, a GPU or
+// sizes that they do not take; a dense factor and many tokens), plan()'s, whose rank is 0: the correction is then left to two products.
+Plan plan_low_rank(const Problem& problem, const Device& device, int64_t rank, bool packed = false);
+// With the tile (and the split, when not 0) given, as plan_with_tile; with a correction in any case.
+Plan plan_low_rank_with_tile(const Problem& problem, const Device& device, int64_t rank, int tile, int splits,
+                             bool packed = false);
 // A readable account of the choice: every candidate with its predicted time or the reason it was rejected.
 std::string explain(const Problem& problem, const Device& device);
 

@@ -7,7 +7,8 @@
 //   exchange  [warp along k][token of 8][block_n + padding] float32: the sums; before them, where there is a low-rank correction
 //             (plan/low_rank.h), [share of k][token][rank + padding] float32
 //   received  [split][vector that the block owns] float32: where splits > 1, the blocks' sums
-//   up        [64 ranks][block_n][64], 128-byte swizzled: the correction's second factor
+//   up        the correction's second factor, [64 ranks][block_n][64], 128-byte swizzled; packed, [row tile][128-column tile] of
+//             slices, then scales [group][block_n]
 //   projected [token][rank + padding]: what the first factor makes of the activations, all tokens of the problem
 //   barriers  weights full [warp][stage], then chunk full [chunk], then chunk empty [chunk], started, received, up full, shares full
 #pragma once
@@ -67,9 +68,23 @@ inline constexpr int kVectorFeatures = 4;
 inline constexpr int kVectorBytes = kVectorFeatures * static_cast<int>(sizeof(float));
 
 constexpr int up_boxes(int rank) { return (rank + kUpBoxRanks - 1) / kUpBoxRanks; }
+inline constexpr int kBoxAlign = 128;  // where a tensor copy that is not swizzled may put a box
+// Of a packed `up`: bytes of a block's codes, and groups.
+constexpr int tail_code_bytes(const TileDecode& t, int num_bits, int tail) {
+  return tail * (t.block_n() / format::kSliceRows) * format::slice_bytes(num_bits);
+}
+constexpr int tail_groups(int tail, int group_size) {
+  return static_cast<int>(num_groups(int64_t{tail} * format::kTileCols, group_size));
+}
+constexpr int up_bytes(const TileDecode& t, const Problem& p, const Correction& correction) {
+  const int tail = correction.tail();
+  if (tail == 0) return up_boxes(correction.rank) * t.block_n() * kSwizzleRowBytes;
+  return tail_code_bytes(t, p.num_bits, tail) + tail_groups(tail, p.group_size) * t.block_n() * kActBytes;
+}
 
 constexpr SmemDecode smem_decode(const TileDecode& t, const Problem& p, int splits, int stages, int chunks,
-                                 int rank = 0) {
+                                 const Correction& correction = {}) {
+  const int rank = correction.rank;
   SmemDecode s{};
   s.rows = static_cast<int>(std::min<int64_t>(p.m, t.block_m));
   const int acts = t.warps_k * kHalves * s.rows * kSwizzleRowBytes;
@@ -86,8 +101,9 @@ constexpr SmemDecode smem_decode(const TileDecode& t, const Problem& p, int spli
       s.exchange + std::max(sums * static_cast<int>(sizeof(float)), rank > 0 ? projected_bytes(p.m, p.k, rank) : 0);
   s.owned = (s.rows * t.block_n() / kVectorFeatures + splits - 1) / splits;  // of block 0, the most
   const int received = splits > 1 ? splits * s.owned * kVectorBytes : 0;
-  s.up = rank > 0 ? round_up(s.received + received, kSwizzleAlign) : s.received + received;
-  s.projected = s.up + up_boxes(rank) * t.block_n() * kSwizzleRowBytes;
+  s.up = s.received + received;
+  if (rank > 0) s.up = round_up(s.up, correction.packed ? kBoxAlign : kSwizzleAlign);
+  s.projected = s.up + up_bytes(t, p, correction);
   s.weights_full = s.projected + (rank > 0 ? static_cast<int>(p.m) * projected_pitch(rank) * kActBytes : 0);
   s.chunk_full = s.weights_full + t.warps() * stages * kBarrierBytes;
   s.chunk_empty = s.chunk_full + chunks * kBarrierBytes;
@@ -102,17 +118,17 @@ constexpr SmemDecode smem_decode(const TileDecode& t, const Problem& p, int spli
 // The layout that fits `room` bytes: the rings of weights and of chunks hold the same number of turns, as many as a warp has use for;
 // then as many stages more as there is room for. stages == 0 where nothing fits.
 constexpr SmemDecode fitting_smem_decode(const TileDecode& t, const Problem& p, int splits, bool walks, int room,
-                                         int rank = 0) {
+                                         const Correction& correction = {}) {
   const int needed = turns(t, p.k, splits);
   const int most = walks ? kMaxStagesDecode : std::clamp(needed, kMinStagesDecode, kMaxStagesDecode);
   for (int depth = most; depth >= kMinStagesDecode; --depth) {
     const int chunks = depth * t.turn_cols;
-    if (smem_decode(t, p, splits, depth, chunks, rank).size > room) continue;
+    if (smem_decode(t, p, splits, depth, chunks, correction).size > room) continue;
     int stages = depth;
-    while (stages < most && smem_decode(t, p, splits, stages + 1, chunks, rank).size <= room) ++stages;
-    return smem_decode(t, p, splits, stages, chunks, rank);
+    while (stages < most && smem_decode(t, p, splits, stages + 1, chunks, correction).size <= room) ++stages;
+    return smem_decode(t, p, splits, stages, chunks, correction);
   }
-  const SmemDecode least = smem_decode(t, p, splits, kMinStagesDecode, t.turn_cols + 1, rank);
+  const SmemDecode least = smem_decode(t, p, splits, kMinStagesDecode, t.turn_cols + 1, correction);
   return least.size <= room ? least : SmemDecode{};
 }
 
@@ -125,9 +141,9 @@ inline constexpr int64_t kMostTilesDecode = int64_t{1} << 32;
 
 // The layout a plan uses.
 constexpr SmemDecode decode_layout(const Problem& p, const TileDecode& t, int splits, int num_sms, int smem_per_sm,
-                                   int rank = 0) {
+                                   const Correction& correction = {}) {
   const bool walks = tiles_decode(p, t) * splits > int64_t{num_sms} * t.blocks;
-  return fitting_smem_decode(t, p, splits, walks, smem_beside(smem_per_sm, t.blocks), rank);
+  return fitting_smem_decode(t, p, splits, walks, smem_beside(smem_per_sm, t.blocks), correction);
 }
 
 }  // namespace sparse_marlin

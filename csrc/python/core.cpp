@@ -89,6 +89,7 @@ void bind_format(py::module_& m) {
   m.attr("MAX_TOKENS") = kMaxTokens;
   m.attr("MAX_RANK") = kMaxRank;  // of a low-rank correction in the same launch, which is a multiple of the next
   m.attr("RANK_MULTIPLE") = kProjectRanks;
+  m.attr("TAIL_RANKS") = kTailRanks;  // of a correction's packed second factor: ranks for each 128 columns
   m.attr("MAX_FEATURES") = kMaxFeatures;
   m.attr("CHANNELWISE") = kChannelwise;
   m.attr("GROUP_SIZES") = py::tuple(py::cast(kGroupSizes));
@@ -175,6 +176,7 @@ void bind_structs(py::module_& m) {
       .def_readonly("num_stages", &Plan::num_stages)
       .def_readonly("grid", &Plan::grid)
       .def_readonly("rank", &Plan::rank)
+      .def_readonly("tail", &Plan::tail)
       .def_readonly("lead", &Plan::lead)
       .def_readonly("threads", &Plan::threads)
       .def_readonly("smem_bytes", &Plan::smem_bytes)
@@ -203,9 +205,10 @@ void bind_planner(py::module_& m) {
   m.def("may_share", &may_share, py::arg("problem"), py::arg("device"), py::arg("tile"),
         "Whether the planner considers the tile, of which blocks may share activations.");
   m.def("plan_low_rank", &plan_low_rank, py::arg("problem"), py::arg("device"), py::arg("rank"),
+        py::arg("packed") = false,
         "The best plan with a low-rank correction in the same launch; where there is none, plan()'s, of rank 0.");
   m.def("plan_low_rank_with_tile", &plan_low_rank_with_tile, py::arg("problem"), py::arg("device"), py::arg("rank"),
-        py::arg("tile"), py::arg("splits") = 0);
+        py::arg("tile"), py::arg("splits") = 0, py::arg("packed") = false);
   m.def("explain", &explain, py::arg("problem"), py::arg("device"),
         "Every candidate, with its predicted time or why it was rejected.");
   m.def("why_unsupported", &why_unsupported, py::arg("problem"), py::arg("device"),

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "legacy/marlin_24.h"
+#include "plan/low_rank.h"
 
 namespace sparse_marlin {
 namespace {
@@ -122,24 +123,60 @@ GemmCall gemm_call(const Tensor& a, const Tensor& weight_packed, const Tensor& s
   return call;
 }
 
+namespace {
+
+void expect_packed_up(LowRankCall& call, const Arg& up, const std::optional<Tensor>& up_scales, int64_t rank) {
+  const Problem& problem = call.gemm.problem;
+  const int64_t k = tail_tiles(rank) * int64_t{format::kTileCols};
+  if (problem.group_size == kChannelwise) {
+    fail(kLowRankOp, "up", "a floating type [N, rank] for group_size -1", "int32, which is packed",
+         "a packed factor needs groups; pass it dense");
+  }
+  expect_dims(up, 2, "(packed_24 of 128 columns for every 64 ranks)");
+  expect_shape(up, {format::row_tiles(problem.n), format::packed_row_words(k, problem.num_bits)}, [&] {
+    return "(packed_24) for " + sizes_text(problem.n, k, problem.num_bits) + ", since the rank is " +
+           std::to_string(rank);
+  });
+  if (!up_scales) fail(kLowRankOp, "up_scales", "the scales of a packed up", "None");
+  const Arg scales{kLowRankOp, "up_scales", *up_scales};
+  expect_tensor(scales);
+  expect_device_of(scales, {kLowRankOp, "a", call.gemm.acts});
+  expect_dtype_of(scales, {kLowRankOp, "a", call.gemm.acts});
+  expect_dims(scales, 2, "[groups, N]");
+  expect_scales_shape(scales, problem.n, k, problem.group_size);
+  call.packed = true;
+  call.up_weights = packed_rows(up.tensor);
+  call.up_scales = dense_aligned(*up_scales);
+}
+
+}  // namespace
+
 LowRankCall low_rank_call(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, const Tensor& down,
-                          const Tensor& up, int64_t group_size, int64_t num_bits, const std::optional<Tensor>& bias) {
+                          const Tensor& up, int64_t group_size, int64_t num_bits, const std::optional<Tensor>& bias,
+                          const std::optional<Tensor>& up_scales) {
   const Arg acts{kLowRankOp, "a", a}, first{kLowRankOp, "down", down}, second{kLowRankOp, "up", up};
-  LowRankCall call{gemm_call(a, weight_packed, scales, group_size, num_bits, bias, kLowRankOp), down, up};
+  LowRankCall call{};
+  call.gemm = gemm_call(a, weight_packed, scales, group_size, num_bits, bias, kLowRankOp);
   for (const Arg* arg : {&first, &second}) {
     expect_tensor(*arg);
     expect_device_of(*arg, acts);
-    expect_dtype_of(*arg, acts);
   }
+  expect_dtype_of(first, acts);
   const int64_t n = call.gemm.problem.n, k = call.gemm.problem.k;
   expect_dims(first, 2, "[rank, K]");
   const int64_t rank = down.size(0);
   expect_shape(first, {rank, k}, [=] { return "(rank, K) for K=" + std::to_string(k); });
   if (rank < 1) fail(kLowRankOp, "down", "a rank (first dimension) of at least 1", std::to_string(rank));
+  call.down = dense_aligned(down);
+  if (up.scalar_type() == ScalarType::Int) {
+    expect_packed_up(call, second, up_scales, rank);
+    return call;
+  }
+  expect_dtype_of(second, acts);
+  if (up_scales) fail(kLowRankOp, "up_scales", "None, since up is dense", shape_text(*up_scales));
   expect_shape(second, {n, rank}, [=] {
     return "(N, rank) for N=" + std::to_string(n) + " and the rank of down, " + std::to_string(rank);
   });
-  call.down = dense_aligned(down);
   call.up = dense_aligned(up);
   return call;
 }

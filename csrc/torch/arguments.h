@@ -31,7 +31,11 @@ struct GemmCall {
 struct LowRankCall {
   GemmCall gemm;
   Tensor down;
-  Tensor up;
+  Tensor up;  // unless packed
+  // A packed `up` (plan/low_rank.h).
+  bool packed;
+  PackedRows up_weights;
+  std::optional<Tensor> up_scales;
 };
 struct PackCall {
   PackParams params;
@@ -62,7 +66,8 @@ struct ExportCall {
 GemmCall gemm_call(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, int64_t group_size,
                    int64_t num_bits, const std::optional<Tensor>& bias, const char* op = kGemmOp);
 LowRankCall low_rank_call(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, const Tensor& down,
-                          const Tensor& up, int64_t group_size, int64_t num_bits, const std::optional<Tensor>& bias);
+                          const Tensor& up, int64_t group_size, int64_t num_bits, const std::optional<Tensor>& bias,
+                          const std::optional<Tensor>& up_scales);
 // Throws where `next_packed` cannot be what the multiplication after that of `a` reads.
 void expect_next(const Tensor& next_packed, const Tensor& a, const char* op = kPrefetchOp);
 PackCall pack_call(const Tensor& weight, const Tensor& scales, int64_t group_size, int64_t num_bits);

@@ -1,10 +1,15 @@
-// The low-rank correction as two dense products of torch's: for the CPU, for many tokens, and wherever there is no kernel for it.
+// The low-rank correction as products: for the CPU, for many tokens of a dense second factor, and wherever there is no kernel for it.
 #pragma once
+#include <functional>
+
 #include "torch/arguments.h"
 
 namespace sparse_marlin {
 
-// out += (a @ down^T) @ up^T, behind the multiplication that has written `out`. M must not be 0.
-void add_products(const LowRankCall& call);
+// a @ down^T, [M, rank]. M must not be 0.
+Tensor projected(const LowRankCall& call);
+
+// out += projected(call) @ up^T, behind the multiplication that has written `out`. `multiply` runs a multiplication by a packed weight.
+void add_products(const LowRankCall& call, const std::function<Tensor(const GemmCall&)>& multiply);
 
 }  // namespace sparse_marlin

@@ -36,12 +36,15 @@ Tensor gemm_cpu_op(const Tensor& a, const Tensor& weight_packed, const Tensor& s
 
 Tensor gemm_low_rank_cpu_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, const Tensor& down,
                             const Tensor& up, int64_t group_size, int64_t num_bits, const std::optional<Tensor>& bias,
-                            const std::optional<Tensor>& next_packed) {
-  const LowRankCall call = low_rank_call(a, weight_packed, scales, down, up, group_size, num_bits, bias);
+                            const std::optional<Tensor>& next_packed, const std::optional<Tensor>& up_scales) {
+  const LowRankCall call = low_rank_call(a, weight_packed, scales, down, up, group_size, num_bits, bias, up_scales);
   if (next_packed) expect_next(*next_packed, a, kLowRankOp);
   if (call.gemm.problem.m == 0) return call.gemm.out;
   gemm_cpu(call.gemm.problem, call.gemm.params, on_torch_threads);
-  add_products(call);
+  add_products(call, [](const GemmCall& gemm) {
+    gemm_cpu(gemm.problem, gemm.params, on_torch_threads);
+    return gemm.out;
+  });
   return call.gemm.out;
 }
 
@@ -79,10 +82,12 @@ STABLE_TORCH_LIBRARY(sparse_marlin, m) {
   m.def(
       "sparse_marlin_gemm(Tensor a, Tensor weight_packed, Tensor scales, int group_size=128, int num_bits=4, "
       "Tensor? bias=None) -> Tensor");
-  // The same plus a low-rank correction, (a @ down^T) @ up^T; down [rank, K], up [N, rank]. next_packed: see below.
+  // The same plus a low-rank correction, (a @ down^T) @ up^T; down [rank, K], up [N, rank], or packed_24 with up_scales
+  // (plan/low_rank.h). next_packed: see below.
   m.def(
       "sparse_marlin_gemm_low_rank(Tensor a, Tensor weight_packed, Tensor scales, Tensor down, Tensor up, "
-      "int group_size=128, int num_bits=4, Tensor? bias=None, Tensor? next_packed=None) -> Tensor");
+      "int group_size=128, int num_bits=4, Tensor? bias=None, Tensor? next_packed=None, Tensor? up_scales=None) -> "
+      "Tensor");
   // sparse_marlin_gemm with a hint: next_packed is what the multiplication after this one reads.
   m.def(
       "sparse_marlin_gemm_prefetch(Tensor a, Tensor weight_packed, Tensor scales, Tensor next_packed, "
@@ -99,7 +104,8 @@ STABLE_TORCH_LIBRARY(sparse_marlin, m) {
   // The correction in the launch of a tile, or by two products (tile < 0).
   m.def(
       "_sparse_marlin_gemm_low_rank_by(Tensor a, Tensor weight_packed, Tensor scales, Tensor down, Tensor up, "
-      "int group_size, int num_bits, Tensor? bias, int tile, int splits, bool dependent=True) -> Tensor");
+      "int group_size, int num_bits, Tensor? bias, int tile, int splits, bool dependent=True, Tensor? up_scales=None) "
+      "-> Tensor");
   m.def("_cpu_isa() -> str");
   // Inner loops of compression, on a CPU (ops_solve.cpp).
   m.def(

@@ -75,54 +75,69 @@ std::tuple<Tensor, Tensor> export_cuda_op(const Tensor& weight_packed, int64_t s
   return {call.codes, call.meta};
 }
 
-// `choose` makes the plan from the problem and the device. factors: for plans with a rank.
+// `choose` makes the plan from the problem and the device. None where there is nothing to compute.
 template <class Choose>
-Tensor run_gemm(GemmCall call, int32_t device_index, const Choose& choose, const char* op = kGemmOp,
-                const LowRankFactors& factors = {}, const NextWeights& next = {}) {
-  Plan plan;
+std::optional<Plan> planned(const GemmCall& call, const Choose& choose, const char* op) {
   try {
-    const Device& device = device_properties(device_index);
+    const Device& device = device_properties(call.out.get_device_index());
     // Said before the early return, so that an unsupported GPU is not discovered by the first non-empty batch.
     const std::string reason = why_unsupported(call.problem, device);
     if (!reason.empty()) throw std::invalid_argument(reason);
-    if (call.problem.m == 0) return call.out;
-    plan = choose(call.problem, device);
+    if (call.problem.m == 0) return {};
+    return choose(call.problem, device);
   } catch (const std::exception& error) {
     throw std::runtime_error(std::string(op) + ": a: " + error.what());
   }
+}
+
+// factors: for plans with a rank.
+void run_plan(const GemmCall& call, const Plan& plan, const char* op, const LowRankFactors& factors = {},
+              const NextWeights& next = {}) {
   std::optional<Tensor> workspace;
+  GemmParams params = call.params;
   if (plan.workspace_bytes > 0) {
     const int64_t floats =
         (plan.workspace_bytes + static_cast<int64_t>(sizeof(float)) - 1) / static_cast<int64_t>(sizeof(float));
     workspace = device_buffer(call.out, floats, ScalarType::Float);
-    call.params.workspace = workspace->mutable_data_ptr();
+    params.workspace = workspace->mutable_data_ptr();
   }
-  expect_no_error(op, launch(call.problem, plan, call.params, current_stream(call.out), factors, next));
+  expect_no_error(op, launch(call.problem, plan, params, current_stream(call.out), factors, next));
+}
+
+template <class Choose>
+Tensor run_gemm(const GemmCall& call, const Choose& choose, const char* op = kGemmOp, const NextWeights& next = {}) {
+  const std::optional<Plan> plan = planned(call, choose, op);
+  if (plan) run_plan(call, *plan, op, {}, next);
   return call.out;
 }
 
 // Planning takes tens of microseconds, and a decoding loop asks for the same few problems again and again.
 // rank > 0: with a low-rank correction.
-Plan remembered_plan(const Problem& problem, const Device& device, int32_t device_index, int64_t rank = 0) {
-  using Key = std::tuple<int32_t, int64_t, int64_t, int64_t, int, int, DType, int64_t>;
+Plan remembered_plan(const Problem& problem, const Device& device, int32_t device_index, int64_t rank = 0,
+                     bool packed = false) {
+  using Key = std::tuple<int32_t, int64_t, int64_t, int64_t, int, int, DType, int64_t, bool>;
   constexpr size_t kMost = 4096;  // then start afresh: a prompt of every length would be remembered otherwise
   thread_local std::map<Key, Plan> plans;
-  const Key key{device_index,       problem.m,        problem.n,     problem.k,
-                problem.group_size, problem.num_bits, problem.dtype, rank};
+  const Key key{device_index,     problem.m,     problem.n, problem.k, problem.group_size,
+                problem.num_bits, problem.dtype, rank,      packed};
   const auto found = plans.find(key);
   if (found != plans.end()) return found->second;
   if (plans.size() >= kMost) plans.clear();
-  return plans.emplace(key, rank > 0 ? plan_low_rank(problem, device, rank) : plan(problem, device)).first->second;
+  const Plan made = rank > 0 ? plan_low_rank(problem, device, rank, packed) : plan(problem, device);
+  return plans.emplace(key, made).first->second;
+}
+
+Tensor remembered_gemm(const GemmCall& call, const char* op = kGemmOp, const NextWeights& next = {}) {
+  const DeviceGuard guard(call.out.get_device_index());
+  const auto choose = [&](const Problem& problem, const Device& device) {
+    return remembered_plan(problem, device, call.out.get_device_index());
+  };
+  return run_gemm(call, choose, op, next);
 }
 
 Tensor gemm_cuda_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, int64_t group_size,
                     int64_t num_bits, const std::optional<Tensor>& bias) {
-  const GemmCall call = gemm_call(a, weight_packed, scales, group_size, num_bits, bias);
-  const DeviceGuard guard(call.out.get_device_index());
-  const int32_t index = call.out.get_device_index();
-  return run_gemm(call, index, [index](const Problem& problem, const Device& device) {
-    return remembered_plan(problem, device, index);
-  });
+  return remembered_gemm(gemm_call(a, weight_packed, scales, group_size, num_bits, bias));
 }
 
 // Of a slice along K the rows lie apart, with bytes between them that are of no use: no hint.
@@ -137,12 +152,7 @@ Tensor gemm_prefetch_cuda_op(const Tensor& a, const Tensor& weight_packed, const
                              const std::optional<Tensor>& bias) {
   const GemmCall call = gemm_call(a, weight_packed, scales, group_size, num_bits, bias, kPrefetchOp);
   expect_next(next_packed, a);
-  const DeviceGuard guard(call.out.get_device_index());
-  const int32_t index = call.out.get_device_index();
-  const auto choose = [index](const Problem& problem, const Device& device) {
-    return remembered_plan(problem, device, index);
-  };
-  return run_gemm(call, index, choose, kPrefetchOp, {}, next_weights(next_packed));
+  return remembered_gemm(call, kPrefetchOp, next_weights(next_packed));
 }
 
 Tensor gemm_tile_cuda_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, int64_t group_size,
@@ -150,50 +160,71 @@ Tensor gemm_tile_cuda_op(const Tensor& a, const Tensor& weight_packed, const Ten
                          bool dependent) {
   const GemmCall call = gemm_call(a, weight_packed, scales, group_size, num_bits, bias);
   const DeviceGuard guard(call.out.get_device_index());
-  return run_gemm(call, call.out.get_device_index(), [=](const Problem& problem, const Device& device) {
+  return run_gemm(call, [=](const Problem& problem, const Device& device) {
     Plan plan = plan_with_tile(problem, device, static_cast<int>(tile), static_cast<int>(splits));
     plan.dependent = dependent;
     return plan;
   });
 }
 
-// The multiplication with its correction: in one launch where the plan has a rank, otherwise two dense products follow.
+// The first product of a correction.
+Tensor project(const LowRankCall& call, bool dependent) {
+  const Problem& problem = call.gemm.problem;
+  const int64_t rank = call.down.size(0), shape[] = {problem.m, rank};
+  if (!can_project(problem, rank, device_properties(call.gemm.out.get_device_index()))) return projected(call);
+  Tensor to = torch::stable::new_empty(call.gemm.acts, IntHeaderOnlyArrayRef(shape, 2));
+  expect_no_error(kLowRankOp, launch_project(problem, static_cast<int>(rank), call.gemm.acts.const_data_ptr(),
+                                             call.down.const_data_ptr(), to.mutable_data_ptr(), dependent,
+                                             current_stream(call.gemm.out)));
+  return to;
+}
+
+// The multiplication with its correction: in one launch where the plan has a rank, behind a product that projects unless the launch
+// does; otherwise two products follow.
 template <class Choose>
 Tensor run_low_rank(const LowRankCall& call, const Choose& choose, const NextWeights& next = {}) {
   const DeviceGuard guard(call.gemm.out.get_device_index());
-  bool added = false;
-  run_gemm(
-      call.gemm, call.gemm.out.get_device_index(),
-      [&](const Problem& problem, const Device& device) {
-        const Plan plan = choose(problem, device);
-        added = plan.rank > 0;
-        return plan;
-      },
-      kLowRankOp, {call.down.const_data_ptr(), call.up.const_data_ptr()}, next);
-  if (!added && call.gemm.problem.m > 0) add_products(call);
+  const std::optional<Plan> plan = planned(call.gemm, choose, kLowRankOp);
+  if (!plan) return call.gemm.out;
+  LowRankFactors factors;
+  std::optional<Tensor> projection;
+  if (plan->rank > 0) {
+    factors.down = call.down.const_data_ptr();
+    factors.up = call.packed ? call.up_weights.words : call.up.const_data_ptr();
+    if (call.packed) {
+      factors.up_scales = call.up_scales->const_data_ptr();
+      factors.up_row_words = call.up_weights.row_words;
+    }
+    if (plan->lead == 0) {
+      projection = project(call, plan->dependent);
+      factors.projected = projection->const_data_ptr();
+    }
+  }
+  run_plan(call.gemm, *plan, kLowRankOp, factors, next);
+  if (plan->rank == 0) add_products(call, [](const GemmCall& gemm) { return remembered_gemm(gemm); });
   return call.gemm.out;
 }
 
 Tensor gemm_low_rank_cuda_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, const Tensor& down,
                              const Tensor& up, int64_t group_size, int64_t num_bits, const std::optional<Tensor>& bias,
-                             const std::optional<Tensor>& next_packed) {
-  const LowRankCall call = low_rank_call(a, weight_packed, scales, down, up, group_size, num_bits, bias);
+                             const std::optional<Tensor>& next_packed, const std::optional<Tensor>& up_scales) {
+  const LowRankCall call = low_rank_call(a, weight_packed, scales, down, up, group_size, num_bits, bias, up_scales);
   if (next_packed) expect_next(*next_packed, a, kLowRankOp);
-  const int32_t index = call.gemm.out.get_device_index();
   const auto choose = [&](const Problem& problem, const Device& device) {
-    return remembered_plan(problem, device, index, call.down.size(0));
+    return remembered_plan(problem, device, call.gemm.out.get_device_index(), call.down.size(0), call.packed);
   };
   return run_low_rank(call, choose, next_packed ? next_weights(*next_packed) : NextWeights{});
 }
 
 Tensor gemm_low_rank_by_cuda_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, const Tensor& down,
                                 const Tensor& up, int64_t group_size, int64_t num_bits,
-                                const std::optional<Tensor>& bias, int64_t tile, int64_t splits, bool dependent) {
-  const LowRankCall call = low_rank_call(a, weight_packed, scales, down, up, group_size, num_bits, bias);
+                                const std::optional<Tensor>& bias, int64_t tile, int64_t splits, bool dependent,
+                                const std::optional<Tensor>& up_scales) {
+  const LowRankCall call = low_rank_call(a, weight_packed, scales, down, up, group_size, num_bits, bias, up_scales);
   return run_low_rank(call, [&](const Problem& problem, const Device& device) {
     Plan chosen = tile < 0 ? plan(problem, device)
                            : plan_low_rank_with_tile(problem, device, call.down.size(0), static_cast<int>(tile),
-                                                     static_cast<int>(splits));
+                                                     static_cast<int>(splits), call.packed);
     chosen.dependent = dependent;
     return chosen;
   });

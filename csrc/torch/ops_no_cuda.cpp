@@ -31,7 +31,7 @@ Tensor gemm_no_cuda(const Tensor& a, const Tensor& weight_packed, const Tensor& 
 }
 Tensor gemm_low_rank_no_cuda(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, const Tensor& down,
                              const Tensor& up, int64_t, int64_t, const std::optional<Tensor>&,
-                             const std::optional<Tensor>&) {
+                             const std::optional<Tensor>&, const std::optional<Tensor>&) {
   no_cuda({{kLowRankOp, "up", up},
            {kLowRankOp, "down", down},
            {kLowRankOp, "scales", scales},

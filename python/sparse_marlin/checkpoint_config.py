@@ -6,8 +6,8 @@
      "ignore": ["lm_head"]}
 
 `layers` names every packed layer, with what differs from the two common settings; `rank` is that of a low-rank
-correction. `ignore` names the linears that stayed dense. The tensors are the buffers of `SparseMarlinLinear` under the
-layer's name.
+correction, and `"packed_correction": true` says that its `correction_up` is packed. `ignore` names the linears that
+stayed dense. The tensors are the buffers of `SparseMarlinLinear` under the layer's name.
 """
 
 from __future__ import annotations
@@ -34,21 +34,27 @@ CONFIG_FILE = "config.json"
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """How one layer is packed. `rank` > 0: with a low-rank correction of that rank."""
+    """How one layer is packed. `rank` > 0: with a low-rank correction of that rank, which may be packed."""
 
     in_features: int
     out_features: int
     num_bits: int = 4
     group_size: int = 128
     rank: int = 0
+    packed_correction: bool = False
 
     @classmethod
     def of(cls, layer: SparseMarlinLinear) -> LayerSpec:
-        return cls(layer.in_features, layer.out_features, layer.num_bits, layer.group_size, getattr(layer, "rank", 0))
+        return cls(
+            layer.in_features, layer.out_features, layer.num_bits, layer.group_size, getattr(layer, "rank", 0),
+            getattr(layer, "packed_correction", False),
+        )  # fmt: skip
 
     def make(self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> SparseMarlinLinear:
         """An empty layer of this kind."""
-        options = {"rank": self.rank} if self.rank else {}
+        options: dict[str, Any] = {"rank": self.rank} if self.rank else {}
+        if self.packed_correction:
+            options["packed_correction"] = True
         return SparseMarlinLinear(
             self.in_features,
             self.out_features,
@@ -86,6 +92,8 @@ class CheckpointConfig:
                 entry["group_size"] = spec.group_size
             if spec.rank:
                 entry["rank"] = spec.rank
+            if spec.packed_correction:
+                entry["packed_correction"] = True
             layers[name] = entry
         return {
             "quant_method": QUANT_METHOD,
@@ -119,18 +127,29 @@ class CheckpointConfig:
 
 
 def _spec(where: str, entry: Mapping[str, Any]) -> LayerSpec:
-    known = {"in_features", "out_features", "num_bits", "group_size", "rank"}
+    optional: dict[str, type] = {"rank": int, "packed_correction": bool}
+    required = {"in_features", "out_features", "num_bits", "group_size"}
+    known = required | optional.keys()
     unknown = sorted(set(entry) - known)
     if unknown:
         raise ValueError(f"{where}: expected the fields {sorted(known)}, got {unknown} too; update sparse_marlin")
-    for key in sorted(known - {"rank"}):
+    for key in sorted(required):
         if not isinstance(entry.get(key), int):
             raise ValueError(f"{where}: {key}: expected a number, got {entry.get(key)!r}")
+    for key, kind in optional.items():
+        if key in entry and type(entry[key]) is not kind:
+            wanted = "true or false" if kind is bool else "a number"
+            raise ValueError(f"{where}: {key}: expected {wanted}, got {entry[key]!r}")
     spec = LayerSpec(**entry)
     if spec.num_bits not in _core.NUM_BITS:
         raise ValueError(f"{where}: num_bits: expected one of {sorted(_core.NUM_BITS)}, got {spec.num_bits}")
     if spec.group_size not in _core.GROUP_SIZES:
         raise ValueError(f"{where}: group_size: expected one of {sorted(_core.GROUP_SIZES)}, got {spec.group_size}")
+    if spec.packed_correction and (not spec.rank or spec.group_size == _core.CHANNELWISE):
+        raise ValueError(
+            f"{where}: packed_correction: expected a rank > 0 and groups, got rank {spec.rank}, "
+            f"group_size {spec.group_size}"
+        )
     return spec
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ._extension import _core
+from .low_rank import dequantize_up, tail_columns
 from .ops import _gemm, _low_rank, _prefetch
 from .quantize import CHANNELWISE, QUAD, SCALE_DTYPES, QuantizedWeight, dequantize_codes, quantize_weight_only
 
@@ -23,12 +24,16 @@ class SparseMarlinLinear(nn.Module):
     (-1: one for a whole row). `.to(dtype)` moves the scales and the bias, never the codes. The weight is frozen;
     gradients reach the input and the bias. A fresh layer has codes 0 and scales 1.
 
-    With `rank` > 0 the layer adds `correction_up @ (correction_down @ x)`: two small dense factors, buffers
+    With `rank` > 0 the layer adds `correction_up @ (correction_down @ x)`: two small factors, buffers
     [out_features, rank] and [rank, in_features] in the dtype of the scales, that make good some of what pruning and
-    rounding lost (`sparse_marlin.compress` finds them). They are buffers, frozen like the weight.
+    rounding lost (`sparse_marlin.compress` finds them). With `packed_correction` the first of them is packed in codes
+    of `num_bits` bits, as the weight is, and has `correction_scales` (`sparse_marlin.low_rank`): smaller, and for many
+    tokens much faster; groups are needed for it. They are buffers, frozen like the weight.
     """
 
-    __constants__: ClassVar[list[str]] = ["in_features", "out_features", "group_size", "num_bits", "rank"]
+    __constants__: ClassVar[list[str]] = [
+        "in_features", "out_features", "group_size", "num_bits", "rank", "packed_correction"
+    ]  # fmt: skip
     _version = _core.FORMAT_VERSION  # nn.Module writes it to the metadata of every state_dict
 
     in_features: int
@@ -36,9 +41,11 @@ class SparseMarlinLinear(nn.Module):
     group_size: int
     num_bits: int
     rank: int
+    packed_correction: bool
     weight_packed: torch.Tensor
     scales: torch.Tensor
     correction_up: torch.Tensor | None
+    correction_scales: torch.Tensor | None
     correction_down: torch.Tensor | None
 
     def __init__(
@@ -50,6 +57,7 @@ class SparseMarlinLinear(nn.Module):
         group_size: int = 128,
         num_bits: int = 4,
         rank: int = 0,
+        packed_correction: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -63,17 +71,31 @@ class SparseMarlinLinear(nn.Module):
             )
         if rank < 0:
             raise ValueError(f"{type(self).__name__}: rank: expected 0 (no correction) or more, got {rank}")
+        if packed_correction and not (rank and group_size != CHANNELWISE):
+            raise ValueError(
+                f"{type(self).__name__}: packed_correction: expected a rank > 0 and groups of 32 or more, "
+                f"got rank={rank}, group_size={group_size}"
+            )
         self.in_features, self.out_features = int(in_features), int(out_features)
         self.group_size, self.num_bits, self.rank = int(group_size), int(num_bits), int(rank)
+        self.packed_correction = bool(packed_correction)
         packed_shape = tuple(_core.packed_shape(self.out_features, self.in_features, self.num_bits))
         scales_shape = tuple(_core.scales_shape(self.out_features, self.in_features, self.group_size))
         self.register_buffer("weight_packed", torch.empty(packed_shape, dtype=torch.int32, device=device))
         self.register_buffer("scales", torch.empty(scales_shape, dtype=dtype, device=device))
-        up, down = None, None
-        if self.rank:
+        up, up_scales, down = None, None, None
+        if self.packed_correction:
+            columns = tail_columns(self.rank)
+            packed_shape = tuple(_core.packed_shape(self.out_features, columns, self.num_bits))
+            scales_shape = tuple(_core.scales_shape(self.out_features, columns, self.group_size))
+            up = torch.empty(packed_shape, dtype=torch.int32, device=device)
+            up_scales = torch.empty(scales_shape, dtype=dtype, device=device)
+        elif self.rank:
             up = torch.empty((self.out_features, self.rank), dtype=dtype, device=device)
+        if self.rank:
             down = torch.empty((self.rank, self.in_features), dtype=dtype, device=device)
         self.register_buffer("correction_up", up)
+        self.register_buffer("correction_scales", up_scales)
         self.register_buffer("correction_down", down)
         if bias:
             self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device))
@@ -87,14 +109,20 @@ class SparseMarlinLinear(nn.Module):
         if self.weight_packed.is_meta:
             return
         with torch.no_grad():
-            self.scales.fill_(1)
-            zeros = torch.zeros((self.out_features, self.in_features), dtype=torch.int8, device=self.scales.device)
-            self.weight_packed.copy_(
-                torch.ops.sparse_marlin.pack_24_weights(zeros, self.scales, self.group_size, self.num_bits)
-            )
-            for tensor in (self.bias, self.correction_up, self.correction_down):
+            self._clear(self.weight_packed, self.scales, self.in_features)
+            if self.correction_up is not None and self.correction_scales is not None:
+                self._clear(self.correction_up, self.correction_scales, tail_columns(self.rank))
+            elif self.correction_up is not None:
+                self.correction_up.zero_()
+            for tensor in (self.bias, self.correction_down):
                 if tensor is not None:
                     tensor.zero_()
+
+    @torch.jit.unused
+    def _clear(self, packed: torch.Tensor, scales: torch.Tensor, size_k: int) -> None:
+        scales.fill_(1)
+        zeros = torch.zeros((self.out_features, size_k), dtype=torch.int8, device=scales.device)
+        packed.copy_(torch.ops.sparse_marlin.pack_24_weights(zeros, scales, self.group_size, self.num_bits))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # The packed tensor knows K only up to its padding, so a wrong K can look right to the operator.
@@ -107,8 +135,9 @@ class SparseMarlinLinear(nn.Module):
         up, down = self.correction_up, self.correction_down
         if up is not None and down is not None:
             return torch.ops.sparse_marlin.sparse_marlin_gemm_low_rank(
-                x, self.weight_packed, self.scales, down, up, self.group_size, self.num_bits, self.bias
-            )
+                x, self.weight_packed, self.scales, down, up, self.group_size, self.num_bits, self.bias, None,
+                self.correction_scales,
+            )  # fmt: skip
         return torch.ops.sparse_marlin.sparse_marlin_gemm(
             x, self.weight_packed, self.scales, self.group_size, self.num_bits, self.bias
         )
@@ -122,7 +151,8 @@ class SparseMarlinLinear(nn.Module):
         return {**super().__getstate__(), "_following": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"_following": (), **state})
+        super().__setstate__({"_following": (), "packed_correction": False, **state})
+        self._buffers.setdefault("correction_scales", None)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, group_size: int = 128, num_bits: int = 4) -> "SparseMarlinLinear":
@@ -152,10 +182,10 @@ class SparseMarlinLinear(nn.Module):
         *,
         group_size: int = 128,
         num_bits: int = 4,
-        correction: tuple[torch.Tensor, torch.Tensor] | None = None,
+        correction: tuple[torch.Tensor | QuantizedWeight, torch.Tensor] | None = None,
     ) -> "SparseMarlinLinear":
         """A layer from signed codes int8 [N, K], 2:4 along K, and scales [G, N]; `correction` is (up [N, rank],
-        down [rank, K])."""
+        down [rank, K]), where up may be what `low_rank.quantize_up` made of one, with the layer's bits and groups."""
         name = f"{cls.__name__}.from_codes"
         if codes.dim() != 2 or codes.dtype != torch.int8:
             raise TypeError(f"{name}: codes: expected int8 [N, K], got {codes.dtype} {list(codes.shape)}")
@@ -196,23 +226,48 @@ class SparseMarlinLinear(nn.Module):
             layer.bias = nn.Parameter(moved, requires_grad=bias.requires_grad)
         return layer
 
-    def _set_correction(self, name: str, up: torch.Tensor, down: torch.Tensor) -> None:
+    def _set_correction(self, name: str, up: torch.Tensor | QuantizedWeight, down: torch.Tensor) -> None:
+        place: dict[str, Any] = {"device": self.scales.device, "dtype": self.scales.dtype}
+        if isinstance(up, QuantizedWeight):
+            rank, group_size, num_bits = down.shape[0], self.group_size, self.num_bits
+            wanted = ([self.out_features, tail_columns(rank)], [rank, self.in_features], group_size, num_bits)
+            got = (list(up.codes.shape), list(down.shape), up.group_size, up.num_bits)
+            if got != wanted or group_size == CHANNELWISE:
+                raise ValueError(
+                    f"{name}: correction: expected codes {wanted[0]}, {wanted[1]}, group_size {group_size}, "
+                    f"num_bits {num_bits}, where group_size is not {CHANNELWISE}, got {got[0]}, {got[1]}, {got[2]}, "
+                    f"{got[3]}"
+                )
+            self.rank, self.packed_correction = rank, True
+            self.correction_scales = up.scales.detach().to(**place, copy=True).contiguous()
+            self.correction_up = torch.ops.sparse_marlin.pack_24_weights(
+                up.codes, self.correction_scales, group_size, num_bits
+            )
+            self.correction_down = down.detach().to(**place, copy=True).contiguous()
+            return
         rank = up.shape[-1]
         if up.dim() != 2 or list(up.shape) != [self.out_features, rank] or list(down.shape) != [rank, self.in_features]:
             raise ValueError(
                 f"{name}: correction: expected ([{self.out_features}, rank], [rank, {self.in_features}]), "
                 f"got ({list(up.shape)}, {list(down.shape)})"
             )
-        self.rank = rank
-        place = {"device": self.scales.device, "dtype": self.scales.dtype}
-        self.correction_up = up.detach().to(**place, copy=True).contiguous()  # type: ignore[call-overload]
-        self.correction_down = down.detach().to(**place, copy=True).contiguous()  # type: ignore[call-overload]
+        self.rank, self.packed_correction, self.correction_scales = rank, False, None
+        self.correction_up = up.detach().to(**place, copy=True).contiguous()
+        self.correction_down = down.detach().to(**place, copy=True).contiguous()
 
     def codes(self) -> torch.Tensor:
         """The signed codes, int8 [out_features, in_features]."""
         return torch.ops.sparse_marlin.unpack_24_weights(
             self.weight_packed, self.out_features, self.in_features, self.num_bits
         )
+
+    def correction(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(up [out_features, rank], down [rank, in_features]) of the low-rank correction in the dtype of the scales, a
+        packed factor dequantized; None without one."""
+        up, scales, down = self.correction_up, self.correction_scales, self.correction_down
+        if up is None or down is None:
+            return None
+        return (up if scales is None else dequantize_up(up, scales, self.rank, self.group_size, self.num_bits)), down
 
     def dequantize(self) -> torch.Tensor:
         """The weight [out_features, in_features] that the codes stand for, in the dtype of the scales; a low-rank
@@ -223,8 +278,9 @@ class SparseMarlinLinear(nn.Module):
         """The dense twin: an nn.Linear with the dequantized weight, the correction added to it."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         weight = self.dequantize()
-        if self.correction_up is not None and self.correction_down is not None:
-            weight = (weight.float() + self.correction_up.float() @ self.correction_down.float()).to(weight.dtype)
+        correction = self.correction()
+        if correction is not None:
+            weight = (weight.float() + correction[0].float() @ correction[1].float()).to(weight.dtype)
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
@@ -233,7 +289,9 @@ class SparseMarlinLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"group_size={self.group_size}, num_bits={self.num_bits}" + (f", rank={self.rank}" if self.rank else "")
+            f"group_size={self.group_size}, num_bits={self.num_bits}"
+            + (f", rank={self.rank}" if self.rank else "")
+            + (", packed_correction=True" if self.packed_correction else "")
         )
 
     def _load_from_state_dict(
@@ -288,20 +346,31 @@ class SparseMarlinLinear(nn.Module):
         return self._correction_problem(state_dict, prefix)
 
     def _correction_problem(self, state_dict: dict[str, Any], prefix: str) -> str | None:
-        for name in ("correction_up", "correction_down"):
+        for name in ("correction_up", "correction_scales", "correction_down"):
             mine, given = getattr(self, name), state_dict.get(prefix + name)
             if given is None:
                 continue
             if mine is None:
-                rank = given.shape[1 if name == "correction_up" else 0]
+                if name == "correction_scales" and self.rank:
+                    return f"{name}: expected none, since correction_up is dense; make it with packed_correction=True"
+                down = state_dict.get(prefix + "correction_down")
+                rank = "R of correction_down [R, in_features]" if down is None else down.shape[0]
                 return f"{name}: expected none, since rank=0, got {list(given.shape)}; make the layer with rank={rank}"
-            if given.dtype not in SCALE_DTYPES or given.shape != mine.shape:
+            packed = name == "correction_up" and self.packed_correction
+            fits = given.dtype == torch.int32 if packed else given.dtype in SCALE_DTYPES
+            if not fits or given.shape != mine.shape:
+                kind = "int32" if packed else "a floating type"
                 return (
-                    f"{name}: expected a floating type {list(mine.shape)} for rank={self.rank}, "
+                    f"{name}: expected {kind} {list(mine.shape)} for rank={self.rank}, "
+                    f"packed_correction={self.packed_correction}, "
                     f"got {str(given.dtype).removeprefix('torch.')} {list(given.shape)}"
                 )
-            if not given.is_meta and not bool(torch.isfinite(given).all()):
+            if packed or given.is_meta:
+                continue
+            if not bool(torch.isfinite(given).all()):
                 return f"{name}: expected finite values, got NaN or infinity; the checkpoint is damaged"
+            if name == "correction_scales" and not bool((given > 0).all()):
+                return f"{name}: expected values > 0, got zero or less; the checkpoint is damaged"
         return None
 
 
@@ -319,7 +388,7 @@ def multiply(layer: Any, x: torch.Tensor) -> torch.Tensor:
         following = None
     if layer.rank:
         down, up = layer.correction_down, layer.correction_up
-        return _low_rank(x, weight, scales, down, up, group_size, num_bits, bias, following)
+        return _low_rank(x, weight, scales, down, up, group_size, num_bits, bias, following, layer.correction_scales)
     if following is not None:
         return _prefetch(x, weight, scales, following, group_size, num_bits, bias)
     return _gemm(x, weight, scales, group_size, num_bits, bias)

@@ -95,6 +95,7 @@ class MergedWeight(nn.Module):
     weight_packed: torch.Tensor
     scales: torch.Tensor
     correction_up: torch.Tensor | None
+    correction_scales: torch.Tensor | None
     correction_down: torch.Tensor | None
 
     def __init__(self, layers: list[SparseMarlinLinear]) -> None:
@@ -110,6 +111,8 @@ class MergedWeight(nn.Module):
         self.register_buffer("scales", torch.cat([layer.scales for layer in layers], dim=1), persistent=False)
         ups = [layer.correction_up for layer in layers if layer.correction_up is not None]
         self.register_buffer("correction_up", torch.cat(ups) if ups else None, persistent=False)
+        up_scales = [layer.correction_scales for layer in layers if layer.correction_scales is not None]
+        self.register_buffer("correction_scales", torch.cat(up_scales, dim=1) if up_scales else None, persistent=False)
         self.register_buffer("correction_down", first.correction_down, persistent=False)
         biases = [layer.bias for layer in layers if layer.bias is not None]
         if biases:
@@ -156,7 +159,7 @@ class MergedWeight(nn.Module):
         return f"in_features={self.in_features}, out_features={sum(self.lengths)}, of {len(self.lengths)} layers"
 
 
-_BUFFERS = ("weight_packed", "scales", "correction_up", "correction_down")
+_BUFFERS = ("weight_packed", "scales", "correction_up", "correction_scales", "correction_down")
 _TENSORS = ("bias", *_BUFFERS)  # in the order of a state_dict
 
 
@@ -168,9 +171,12 @@ class MergedPart(SparseMarlinLinear):
 
     @property
     def weight_packed(self) -> torch.Tensor:  # type: ignore[override]
+        return self._row_tiles(self.merged.weight_packed)
+
+    def _row_tiles(self, packed: torch.Tensor) -> torch.Tensor:
         start = self.merged.starts[self._part] // _core.TILE_ROWS
         rows, _ = _core.packed_shape(self.out_features, self.in_features, self.num_bits)
-        return self.merged.weight_packed[start : start + rows]
+        return packed[start : start + rows]
 
     @property
     def scales(self) -> torch.Tensor:  # type: ignore[override]
@@ -179,7 +185,16 @@ class MergedPart(SparseMarlinLinear):
     @property
     def correction_up(self) -> torch.Tensor | None:  # type: ignore[override]
         whole = self.merged.correction_up
-        return None if whole is None else whole.narrow(0, self.merged.starts[self._part], self.out_features)
+        if whole is None:
+            return None
+        if self.packed_correction:
+            return self._row_tiles(whole)
+        return whole.narrow(0, self.merged.starts[self._part], self.out_features)
+
+    @property
+    def correction_scales(self) -> torch.Tensor | None:  # type: ignore[override]
+        whole = self.merged.correction_scales
+        return None if whole is None else whole.narrow(1, self.merged.starts[self._part], self.out_features)
 
     @property
     def correction_down(self) -> torch.Tensor | None:  # type: ignore[override]
@@ -238,7 +253,7 @@ class MergedPart(SparseMarlinLinear):
         """A layer of the same weight, in the same memory where that has no gaps."""
         layer = SparseMarlinLinear(
             self.in_features, self.out_features, bias=False, group_size=self.group_size, num_bits=self.num_bits,
-            rank=self.rank, device="meta", dtype=self.scales.dtype,
+            rank=self.rank, packed_correction=self.packed_correction, device="meta", dtype=self.scales.dtype,
         )  # fmt: skip
         for name in _BUFFERS:
             if getattr(self, name) is not None:
@@ -290,6 +305,7 @@ def _fit(group: list[SparseMarlinLinear], layer: SparseMarlinLinear) -> bool:
     def settings(one: SparseMarlinLinear) -> tuple[object, ...]:
         return (
             type(one), "forward" in vars(one), one.in_features, one.group_size, one.num_bits, one.rank,
+            one.packed_correction,
             one.scales.dtype, one.scales.device, one.bias is None, one.bias is not None and one.bias.requires_grad,
         )  # fmt: skip
 

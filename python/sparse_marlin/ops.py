@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ._extension import _core
+from .low_rank import twice
 
 __all__ = [
     "dequantize_24",
@@ -94,29 +95,37 @@ def sparse_marlin_gemm_low_rank(
     num_bits: int = 4,
     bias: Tensor | None = None,
     next_packed: Tensor | None = None,
+    up_scales: Tensor | None = None,
 ) -> Tensor:
     """`sparse_marlin_gemm` plus a low-rank correction: `a @ weight.T + bias + (a @ down.T) @ up.T`.
 
     On a GPU of compute capability 9.0, up to 16 tokens, with K a multiple of 64 and a rank that is a multiple of 8, at
     most 128, both are one launch: sums in float32, `a @ down.T` rounded to the dtype of `a` and the result once more,
-    bitwise the same from run to run. Elsewhere two dense products follow the multiplication, which is rounded, too.
+    bitwise the same from run to run. With a packed `up` there are two launches for any other number of tokens, and for
+    ranks up to 1024, where K, N and the rank are multiples of 8: one makes `a @ down.T`, which the other multiplies
+    like more columns of the weight. Elsewhere two products follow the multiplication, which is rounded, too.
 
     `down` and `up` are read like the packed weight, possibly before the kernel before has finished: they must not be
     the output of a kernel that signals its successor early (torch's do not).
 
     Args:
         down: `[rank, K]`, dtype of `a`.
-        up: `[N, rank]`, dtype of `a`.
+        up: `[N, rank]`, dtype of `a`; or packed, int32, a weight of 128 columns for every 64 ranks (module
+            `sparse_marlin.low_rank`), in codes of `num_bits` bits and groups of `group_size`, which is not -1.
         next_packed: the hint of `sparse_marlin_gemm_prefetch`.
+        up_scales: `[groups, N]` of a packed `up`, dtype of `a`.
         others: as those of `sparse_marlin_gemm`.
 
     Returns:
-        `[..., N]`, dtype and device of `a`. Differentiable with respect to `a`, `bias`, `down` and `up`.
+        `[..., N]`, dtype and device of `a`. Differentiable with respect to `a`, `bias`, `down` and a dense `up`.
 
     Raises:
-        RuntimeError: as `sparse_marlin_gemm`; wrong dtype, shape or device of `down`, `up` or `next_packed`.
+        RuntimeError: as `sparse_marlin_gemm`; wrong dtype, shape or device of `down`, `up`, `next_packed` or
+            `up_scales`.
     """
-    return _ops.sparse_marlin_gemm_low_rank(a, weight_packed, scales, down, up, group_size, num_bits, bias, next_packed)
+    return _ops.sparse_marlin_gemm_low_rank(
+        a, weight_packed, scales, down, up, group_size, num_bits, bias, next_packed, up_scales
+    )
 
 
 def sparse_marlin_gemm_prefetch(
@@ -178,13 +187,22 @@ def _gemm_shape(a: Tensor, scales: Tensor, op: str = "sparse_marlin_gemm") -> tu
     return (*a.shape[:-1], scales.shape[1])
 
 
-def _low_rank_shape(a: Tensor, scales: Tensor, down: Tensor, up: Tensor) -> tuple[int, ...]:
+def _low_rank_shape(a: Tensor, scales: Tensor, down: Tensor, up: Tensor, up_scales: Tensor | None) -> tuple[int, ...]:
     op = "sparse_marlin_gemm_low_rank"
     shape = _gemm_shape(a, scales, op)
     torch._check(
         down.dim() == 2 and down.shape[1] == a.shape[-1],
         lambda: f"{op}: down: expected [rank, {a.shape[-1]}], got {list(down.shape)}",
     )
+    if up.dtype == torch.int32:
+        torch._check(
+            up_scales is not None and up_scales.dim() == 2 and up_scales.shape[1] == shape[-1],
+            lambda: (
+                f"{op}: up_scales: expected [groups, {shape[-1]}], got "
+                f"{None if up_scales is None else list(up_scales.shape)}"
+            ),
+        )
+        return shape
     torch._check(
         up.dim() == 2 and up.shape[0] == shape[-1] and up.shape[1] == down.shape[0],
         lambda: f"{op}: up: expected [{shape[-1]}, {down.shape[0]}], got {list(up.shape)}",
@@ -243,8 +261,9 @@ def _(
     num_bits: int = 4,
     bias: Tensor | None = None,
     next_packed: Tensor | None = None,
+    up_scales: Tensor | None = None,
 ) -> Tensor:
-    return a.new_empty(_low_rank_shape(a, scales, down, up))
+    return a.new_empty(_low_rank_shape(a, scales, down, up, up_scales))
 
 
 @torch.library.register_fake("sparse_marlin::_sparse_marlin_gemm_low_rank_by")
@@ -260,8 +279,9 @@ def _(
     tile: int,
     splits: int,
     dependent: bool = True,
+    up_scales: Tensor | None = None,
 ) -> Tensor:
-    return a.new_empty(_low_rank_shape(a, scales, down, up))
+    return a.new_empty(_low_rank_shape(a, scales, down, up, up_scales))
 
 
 @torch.library.register_fake("sparse_marlin::import_marlin_24")
@@ -382,17 +402,21 @@ def _low_rank_autograd_kernel(
     num_bits: int = 4,
     bias: Tensor | None = None,
     next_packed: Tensor | None = None,
+    up_scales: Tensor | None = None,
 ) -> Tensor:
     needs_grad = any(t is not None and t.requires_grad for t in (a, bias, down, up))
     if (torch.is_grad_enabled() and needs_grad) or forward_ad._current_level >= 0:
         # The sum of operators that have gradients.
-        shape = _low_rank_shape(a, scales, down, up)
+        shape = _low_rank_shape(a, scales, down, up, up_scales)
         out = _ops.sparse_marlin_gemm(a, weight_packed, scales, group_size, num_bits, bias)
-        low = torch.nn.functional.linear(a, down).reshape(-1, down.shape[0])
-        return torch.addmm(out.reshape(-1, shape[-1]), low, up.t()).reshape(shape)
+        low = torch.nn.functional.linear(a, down)
+        if up_scales is not None:
+            return out + _ops.sparse_marlin_gemm(twice(low), up, up_scales, group_size, num_bits, None)
+        return torch.addmm(out.reshape(-1, shape[-1]), low.reshape(-1, down.shape[0]), up.t()).reshape(shape)
     return _low_rank.redispatch(
-        keyset & _after_autograd, a, weight_packed, scales, down, up, group_size, num_bits, bias, next_packed
-    )
+        keyset & _after_autograd,
+        a, weight_packed, scales, down, up, group_size, num_bits, bias, next_packed, up_scales,
+    )  # fmt: skip
 
 
 _library.impl("sparse_marlin_gemm_low_rank", _low_rank_autograd_kernel, "Autograd", with_keyset=True)

@@ -22,8 +22,11 @@ import torch.distributed as dist
 from torch import nn
 
 from .linear import SparseMarlinLinear
+from .low_rank import tail_columns
 from .merge import MergedPart
 from .model import default_device
+from .ops import unpack_24_weights
+from .quantize import QuantizedWeight
 from .replace import module_bytes
 from .shard_plan import Cut, Range, ShardPlan, linear_sizes, make_plan, split_layer
 from .slicing import PackedLayer, owned, slice_in, slice_out
@@ -253,7 +256,14 @@ def _cut_correction(whole: Any, part: Any, column: bool, features: Range, name: 
     if up is None or down is None:
         return
     start, stop = features
-    part._set_correction(name, up[start:stop] if column else up, down if column else down[:, start:stop])
+    rows = slice(start, stop) if column else slice(None)
+    if whole.packed_correction:
+        scales, columns = whole.correction_scales, tail_columns(whole.rank)
+        codes = unpack_24_weights(up, whole.out_features, columns, whole.num_bits)[rows]
+        up = QuantizedWeight(codes, scales[:, rows], whole.group_size, whole.num_bits)
+    else:
+        up = up[rows]
+    part._set_correction(name, up, down if column else down[:, start:stop])
 
 
 def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

@@ -15,6 +15,16 @@ __device__ __forceinline__ uint4 load_global_v4(const void* from) {
   return v;
 }
 
+// The same through L1, of what no kernel of the stream writes while this one runs: other warps of the block read it, too.
+__device__ __forceinline__ uint4 load_global_shared_v4(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+}
+
 __device__ __forceinline__ void store_shared_v4(uint32_t address, uint4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");

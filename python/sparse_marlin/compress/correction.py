@@ -9,6 +9,11 @@ Linears that read the same input have the same L, and most of what their E L hav
 share `down`: the factors of their E one below the other, of which each linear has its rows of `up`. That is more error
 at the same rank, fewer bytes, and one product for all of them (`merge_linears`).
 
+Where the weight has groups, `up` is packed like it, in its number of bits (`sparse_marlin.low_rank`): its columns are
+brought to one length first, since they share scales and rounding then costs each direction in proportion to what it
+corrects; `down`, which takes up the lengths, is fitted again behind the rounded `up`: the least squares of
+E - up down over it do not depend on L.
+
 With the default quality codes and correction then take turns: the codes descend towards W - up down, which the
 correction leaves to them, and the correction is found again. Each turn lowers the same objective. The other qualities
 keep their codes.
@@ -20,8 +25,12 @@ import dataclasses
 
 import torch
 
+from ..low_rank import gather, quantize_up
+from ..quantize import CHANNELWISE, QuantizedWeight
 from .descent import descend
 from .problem import Problem, Solution, refit_scales
+
+Factors = tuple[torch.Tensor | QuantizedWeight, torch.Tensor]  # up, which may be rounded, and down
 
 _OVERSAMPLE = 16  # more directions than asked for, so that the last ones asked for are accurate
 _ITERATIONS = 6  # of subspace iteration
@@ -56,9 +65,23 @@ def low_rank(
     return up.to(dtype).float(), down
 
 
+def packed(
+    up: torch.Tensor, down: torch.Tensor, error: torch.Tensor, group_size: int, num_bits: int, dtype: torch.dtype
+) -> tuple[QuantizedWeight, torch.Tensor]:
+    """The factors of `error` [K, R] with `up` [R, rank] rounded to codes of `num_bits` bits and `down` fitted to it."""
+    lengths = up.norm(dim=0).clamp_min(1e-30)
+    up, down = up / lengths, down * lengths[:, None]
+    balance = (down.norm() / up.norm().clamp_min(1e-30)).sqrt().clamp_min(1e-30)
+    rounded = quantize_up(up * balance, group_size, num_bits, scale_dtype=dtype)
+    up = gather(rounded.dequantize().float(), up.shape[1])
+    fitted, failed = torch.linalg.solve_ex(up.t() @ up, up.t() @ error.t())
+    fits = not bool(failed) and bool(torch.isfinite(fitted).all())
+    return rounded, (fitted if fits else down / balance).to(dtype).float()
+
+
 def corrected(
     problem: Problem, solution: Solution, rows: list[slice], rank: int, *, shared: bool = False, turns: int = 2
-) -> tuple[Solution, list[tuple[torch.Tensor, torch.Tensor]]]:
+) -> tuple[Solution, list[Factors]]:
     """The solution and the factors of every linear (`rows` of the problem) after they took `turns` turns; `shared`:
     with one `down` for all."""
     target = problem.target
@@ -67,18 +90,27 @@ def corrected(
         problem.step("correction")
         aim = target.clone()
         for part, (up, down) in zip(rows, factors, strict=True):
-            aim[:, part] -= (up @ down).t()
+            dense = gather(up.dequantize().float(), down.shape[0]) if isinstance(up, QuantizedWeight) else up
+            aim[:, part] -= (dense @ down).t()
         rest = dataclasses.replace(problem, target=aim)
         solution = refit_scales(rest, descend(rest, solution, _SWEEPS))
         factors = _factors(problem, solution, rows, rank, shared)
     return solution, factors
 
 
-def _factors(
-    problem: Problem, solution: Solution, rows: list[slice], rank: int, shared: bool
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    error, lower, dtype = problem.target - solution.values(problem), problem.hessian.lower, problem.scale_dtype
-    if not shared:
-        return [low_rank(error[:, part], lower, rank, dtype) for part in rows]
-    up, down = low_rank(error, lower, rank, dtype)
-    return [(up[part], down) for part in rows]
+def _factors(problem: Problem, solution: Solution, rows: list[slice], rank: int, shared: bool) -> list[Factors]:
+    error, dtype = problem.target - solution.values(problem), problem.scale_dtype
+    found: list[Factors] = []
+    for together in [slice(None)] if shared else rows:
+        up, down = low_rank(error[:, together], problem.hessian.lower, rank, dtype)
+        if problem.group_size == CHANNELWISE:
+            found.append((up, down))
+        else:
+            found.append(packed(up, down, error[:, together], problem.group_size, problem.num_bits, dtype))
+    return [(_rows(found[0][0], part), found[0][1]) for part in rows] if shared else found
+
+
+def _rows(up: torch.Tensor | QuantizedWeight, part: slice) -> torch.Tensor | QuantizedWeight:
+    if isinstance(up, torch.Tensor):
+        return up[part]
+    return dataclasses.replace(up, codes=up.codes[part], scales=up.scales[:, part])

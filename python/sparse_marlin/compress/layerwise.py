@@ -23,7 +23,7 @@ from ..linear import SparseMarlinLinear
 from ..quantize import relative_error
 from ..replace import Candidate, Replacement
 from .blocks import Block, Call, FinishedParts, Group, GroupHook, run_block, shared_inputs
-from .correction import corrected
+from .correction import Factors, corrected
 from .hessian import Hessian, HessianAccumulator, output_error
 from .problem import Problem, Solution
 from .reference import Gap, Reference, ReferenceInputs, followed
@@ -229,7 +229,7 @@ class BlockRun:
             lambda _: bars.step(),
         )
         solution = settings.solve(problem)
-        factors: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(linears)
+        factors: list[Factors | None] = [None] * len(linears)
         if settings.rank and isinstance(solution, Solution):
             turns = _TURNS if settings.quality == DEFAULT_QUALITY else 0
             solution, found = corrected(
@@ -270,7 +270,7 @@ def _replacement(
     problem: Problem,
     solution: Solution | torch.Tensor,
     rows: slice,
-    correction: tuple[torch.Tensor, torch.Tensor] | None,
+    correction: Factors | None,
 ) -> Replacement:
     linear = candidate.module
     assert isinstance(linear, nn.Linear)

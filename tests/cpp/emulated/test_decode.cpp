@@ -39,10 +39,11 @@ CUtensorMap map_of(const emulated::TensorMap& map) {
 }
 
 template <typename Act, int kBits, int kTileIndex, ScaleMode kMode, bool kLowRank>
-void expect_right(int m, int n, int k, int group_size, int num_sms, int splits = 1) {
+void expect_right(int m, int n, int k, int group_size, int num_sms, int splits = 1, bool packed_up = false,
+                  int low_rank = kRank) {
   constexpr TileDecode kTile = kTilesDecode[kTileIndex];
   const bool half = std::is_same_v<Act, __half>;
-  const int rank = kLowRank ? kRank : 0;
+  const int rank = kLowRank ? low_rank : 0;
   Problem problem;
   problem.m = m;
   problem.n = n;
@@ -50,11 +51,11 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
   problem.group_size = group_size;
   problem.num_bits = kBits;
   problem.dtype = half ? DType::kFloat16 : DType::kBFloat16;
-  const SmemDecode smem = decode_layout(problem, kTile, splits, num_sms, kSmemPerSm, rank);
+  const SmemDecode smem = decode_layout(problem, kTile, splits, num_sms, kSmemPerSm, {rank, packed_up});
   if (smem.stages == 0) return;  // no plan has it
   SCOPED_TRACE(testing::Message() << "tile " << kTileIndex << ", " << m << " tokens, " << k << " -> " << n << ", group "
                                   << group_size << ", " << num_sms << " SMs, " << smem.stages << " stages, " << splits
-                                  << " splits");
+                                  << " splits, rank " << rank << (packed_up ? ", packed" : ""));
 
   const std::vector<int8_t> codes = test::random_codes(n, k, kBits, static_cast<uint32_t>(emulated::random()));
   const test::Packed packed = test::pack_codes(codes, n, k, kBits);
@@ -71,6 +72,24 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
   bias.fill(n, normal);
   down.fill(int64_t{rank} * k, normal, 0.05f);
   up.fill(int64_t{n} * rank, normal, 0.5f);
+  // A packed `up`: codes of its 128-column tiles, whose values take the place of the dense ones.
+  const int tail = packed_up ? tail_tiles(rank) : 0, tail_k = tail * format::kTileCols;
+  const int tail_rows = packed_up ? tail_groups(tail, group_size) : 0;
+  Values<Act> up_scales(int64_t{tail_rows} * n);
+  up_scales.fill(int64_t{tail_rows} * n, scale);
+  std::vector<int8_t> up_codes(static_cast<size_t>(int64_t{n} * tail_k));
+  std::uniform_int_distribution<int> draw_code(format::code_min(kBits), format::code_max(kBits));
+  for (int j = 0; packed_up && j < n; ++j) {
+    for (int r = 0; r < rank; ++r) {
+      const int col = r / 64 * 128 + (r % 4 < 2 ? 0 : 64) + r % 64;
+      const int drawn = draw_code(emulated::random);
+      up_codes[static_cast<size_t>(int64_t{j} * tail_k + col)] = static_cast<int8_t>(drawn);
+      up.data()[int64_t{j} * rank + r] = Act(static_cast<float>(drawn * up_scales[int64_t{col / group_size} * n + j]));
+    }
+  }
+  const test::Packed up_packed = packed_up ? test::pack_codes(up_codes, n, tail_k, kBits) : test::Packed{};
+  Values<uint32_t> up_words(static_cast<int64_t>(up_packed.words.size()));
+  std::copy(up_packed.words.begin(), up_packed.words.end(), up_words.data());
   std::memset(static_cast<void*>(out.all.data()), 0x7f, out.all.size() * sizeof(Act));  // an element not written shows
   std::vector<uint64_t> workspace(kLowRank ? low_rank_workspace(m, k, rank).size / sizeof(uint64_t) + 64 : 1, 0x55);
 
@@ -131,8 +150,26 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
     low.lead_clusters = low.lead / splits;
     low.step = clusters * splits;
     low.num_readers = clusters;
-    args.up_map = map_of(
-        {up.data(), {rank, n, 1}, {kActBytes, int64_t{rank} * kActBytes, 0}, {kUpBoxRanks, kTile.block_n(), 1}, true});
+    if (packed_up) {
+      ASSERT_TRUE(up_packed.status.ok());
+      low.tail = tail;
+      low.slice_bytes = format::slice_bytes(kBits);
+      low.up = reinterpret_cast<const char*>(up_words.data());
+      low.up_row_bytes = up_packed.row_words() * format::kWordBytes;
+      low.up_code_bytes = tail_code_bytes(kTile, kBits, tail);
+      low.up_bytes = static_cast<uint32_t>(up_bytes(kTile, problem, {rank, true}));
+      args.up_map = map_of({up_scales.data(),
+                            {n, tail_rows, 1},
+                            {kActBytes, int64_t{n} * kActBytes, 0},
+                            {kTile.block_n(), tail_rows, 1},
+                            false});
+    } else {
+      args.up_map = map_of({up.data(),
+                            {rank, n, 1},
+                            {kActBytes, int64_t{rank} * kActBytes, 0},
+                            {kUpBoxRanks, kTile.block_n(), 1},
+                            true});
+    }
     clusters += low.lead_clusters;
   }
   const int idle_warps = kLowRank || emulated::random() % 2 == 0 ? 0 : 4;  // launch/spread.h
@@ -154,9 +191,10 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
 
   double error = 0, size = 0;
   for (int i = 0; i < m; ++i) {
-    double projected[kRank] = {};
+    std::vector<double> projected(static_cast<size_t>(rank));
     for (int r = 0; r < rank; ++r) {
-      for (int c = 0; c < k; ++c) projected[r] += acts[int64_t{i} * k + c] * down[int64_t{r} * k + c];
+      for (int c = 0; c < k; ++c)
+        projected[static_cast<size_t>(r)] += acts[int64_t{i} * k + c] * down[int64_t{r} * k + c];
     }
     for (int j = 0; j < n; ++j) {
       double wanted = bias[j];
@@ -164,7 +202,7 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
         if (const int code = codes[static_cast<size_t>(int64_t{j} * k + c)])
           wanted += acts[int64_t{i} * k + c] * code * scales[int64_t{group_size > 0 ? c / group_size : 0} * n + j];
       }
-      for (int r = 0; r < rank; ++r) wanted += projected[r] * up[int64_t{j} * rank + r];
+      for (int r = 0; r < rank; ++r) wanted += projected[static_cast<size_t>(r)] * up[int64_t{j} * rank + r];
       const double difference = out[int64_t{i} * n + j] - wanted;
       error += difference * difference;
       size += wanted * wanted;
@@ -188,6 +226,11 @@ void expect_tile_right() {
   expect_right<Act, kBits, kTileIndex, ScaleMode::kNone, kLowRank>(tokens, 72, 640, kChannelwise, 132);
   expect_right<Act, kBits, kTileIndex, ScaleMode::kTiles, kLowRank>(tokens, 72, 2560, 128, 132, 2);
   expect_right<Act, kBits, kTileIndex, ScaleMode::kNone, kLowRank>(tokens / 2 + 1, 40, 3200, kChannelwise, 132, 5);
+  if (!kLowRank) return;
+  expect_right<Act, kBits, kTileIndex, ScaleMode::kTiles, kLowRank>(1, 200, 1088, 128, 132, 1, true);
+  expect_right<Act, kBits, kTileIndex, ScaleMode::kTiles, kLowRank>(more, 264, 1408, 256, 1, 1, true, 104);
+  expect_right<Act, kBits, kTileIndex, ScaleMode::kSteps, kLowRank>(tokens - 1, 136, 1600, small_group, 1, 1, true, 40);
+  expect_right<Act, kBits, kTileIndex, ScaleMode::kTiles, kLowRank>(tokens, 72, 2560, 128, 132, 2, true, 128);
 }
 template <typename Act, int kBits, bool kLowRank, int... kTileIndex>
 void expect_tiles_right(std::integer_sequence<int, kTileIndex...>) {
@@ -199,7 +242,7 @@ constexpr auto kSome = std::integer_sequence<int, 0, 2, 3, 4, 7>{};
 TEST(EmulatedDecode, EveryTile) { expect_tiles_right<__half, 4, false>(kAll); }
 TEST(EmulatedDecode, BFloat16And8Bits) { expect_tiles_right<__nv_bfloat16, 8, false>(kSome); }
 TEST(EmulatedDecode, LowRankCorrection) { expect_tiles_right<__half, 4, true>(kSome); }
-TEST(EmulatedDecode, LowRankCorrectionInBFloat16) { expect_tiles_right<__nv_bfloat16, 4, true>(kSome); }
+TEST(EmulatedDecode, LowRankCorrectionInBFloat16And8Bits) { expect_tiles_right<__nv_bfloat16, 8, true>(kSome); }
 
 }  // namespace
 }  // namespace sparse_marlin
