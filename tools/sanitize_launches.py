@@ -19,6 +19,7 @@ import torch
 import sparse_marlin
 from sparse_marlin import _core, testing
 from sparse_marlin.info import planner_device
+from sparse_marlin.low_rank import gather, quantize_up
 
 # With stream-K a block that waits for another's sums reads a flag before it is written: not for initcheck.
 WITHOUT_STREAM_K = "--without-stream-k"
@@ -157,35 +158,46 @@ def multiplications(stream_k: bool, few_blocks: bool) -> Iterator[Job]:
     yield from multiplication_jobs(size, kind, ways, few_blocks)
 
 
-def correct(size: tuple[int, int, int, int], dtype: torch.dtype, ways: list[Way]) -> int:
+def correct(size: tuple[int, int, int, int], dtype: torch.dtype, packed_up: bool, ways: list[Way]) -> int:
     m, n, k, rank = size
     codes, scales = testing.random_codes(n, k), testing.random_scales(n, k, 64, dtype)
     packed = sparse_marlin.pack_24_weights(codes, scales, 64)
     a, up, down = (torch.randn(*shape).to(dtype) for shape in ((m, k), (n, rank), (rank, k)))
-    on_gpu = [t.cuda() for t in (a, packed, scales, down, up)]
+    up_scales, factor = None, up
+    if packed_up:
+        rounded = quantize_up(up, 64, 4)
+        up_scales, factor = rounded.scales.cuda(), sparse_marlin.pack_24_weights(rounded.codes, rounded.scales, 64)
+        up = gather(rounded.dequantize(), rank)
+    on_gpu = [t.cuda() for t in (a, packed, scales, down, factor)]
     for tile, splits in ways:
         with testing.poisoned_allocations("cuda", megabytes=1):
-            out = torch.ops.sparse_marlin._sparse_marlin_gemm_low_rank_by(*on_gpu, 64, 4, None, tile, splits)
+            out = torch.ops.sparse_marlin._sparse_marlin_gemm_low_rank_by(
+                *on_gpu, 64, 4, None, tile, splits, up_scales=up_scales
+            )
         testing.assert_accepted(out.cpu(), a, codes, scales, 64, None, f"tile {tile}, splits {splits}", (up, down))
     return len(ways)
 
 
 def corrections(few_blocks: bool) -> Iterator[Job]:
-    """The decode kernel with a low-rank correction: every tile, with and without a split, ragged ranks and edges, more
-    output tiles than blocks. The workspace, which it reads to see whether something has come, is filled before."""
-    sizes = ((3, 200, 320, 24), (11, 72, 640, 72), (9, 140 * 128 + 8, 192, 16))
-    for size, dtype in product(sizes[: 2 if few_blocks else 3], (torch.float16, torch.bfloat16)):
+    """Low-rank corrections: every tile that adds one, with and without a split, ragged ranks and edges, more output
+    tiles than blocks, a dense factor and a packed one, every kernel that projects. The workspace, which the decode
+    kernel reads to see whether something has come, is filled before."""
+    dense = ((3, 200, 320, 24), (11, 72, 640, 72), (9, 140 * 128 + 8, 192, 16))
+    packed = ((5, 200, 320, 24, torch.float16), (20, 72, 640, 72, torch.float16), (70, 136, 520, 16, torch.bfloat16))
+    jobs = [(size, dtype, False) for size in dense[: 2 if few_blocks else 3] for dtype in (torch.half, torch.bfloat16)]
+    jobs += [(size, dtype, True) for *size, dtype in packed]
+    for size, dtype, packed_up in jobs:
         m, n, k, rank = size
         problem = _core.Problem(m, n, k, 64, 4, str(dtype).removeprefix("torch."))
         ways = []
         for way in product(range(len(_core.TILES)), (1, 2)):
             try:
-                _core.plan_low_rank_with_tile(problem, planner_device(), rank, *way)
+                _core.plan_low_rank_with_tile(problem, planner_device(), rank, *way, packed_up)
             except ValueError:
                 continue
             ways.append(way)
         for some in portions(ways):
-            yield "corrections", f"{size} {dtype} {some}", functools.partial(correct, size, dtype, some)
+            yield "corrections", f"{size} {dtype} {some}", functools.partial(correct, size, dtype, packed_up, some)
 
 
 def main() -> None:

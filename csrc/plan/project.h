@@ -12,24 +12,26 @@
 namespace sparse_marlin {
 
 struct ProjectShape {
-  int token_warps;  // 16 tokens each; the other warps share out k
+  int token_warps;  // 16 tokens each
+  int warps_k;      // that share out k
   int rank_blocks;  // 8 ranks each
-  int at_once;      // units of k whose operands a warp asks for at once, as many as its registers hold
-  static constexpr int kWarps = 8;
+  int at_once;  // units of k whose operands a warp asks for at once, as many as its registers hold; 0: a ring of stages
+  constexpr bool has_ring() const { return at_once == 0; }
   constexpr int tokens() const { return 16 * token_warps; }
   constexpr int ranks() const { return 8 * rank_blocks; }
-  constexpr int warps_k() const { return kWarps / token_warps; }
+  constexpr int threads() const { return 32 * (token_warps * warps_k + (has_ring() ? 1 : 0)); }
+  constexpr int unit_cols() const { return has_ring() ? 64 : 32; }  // of k, at once
 };
-inline constexpr std::array kProjectShapes{ProjectShape{1, 2, 8}, ProjectShape{1, 2, 4}, ProjectShape{2, 4, 4}};
-inline constexpr int kProjectUnitCols = 32;  // of k that a warp takes at once
-// Tokens of each shape, at most. The first is for few blocks: of one with so many registers an SM has no room for the kernel behind it, too.
-// The last is for k that is not long: there, and with more tokens, torch's product is as fast or faster, since this kernel reads its
-// operands again for every tile, and has few of them on their way.
-inline constexpr std::array<int64_t, 3> kTokensProject{32, 64, 128};
-inline constexpr int64_t kMaxColsProject = 8192;
-constexpr bool worth_projecting(int64_t m, int64_t k) {
-  return m <= kTokensProject[1] || (m <= kTokensProject[2] && k <= kMaxColsProject);
-}
+inline constexpr std::array kProjectShapes{ProjectShape{1, 8, 2, 8}, ProjectShape{1, 8, 2, 4},
+                                           ProjectShape{4, 1, 8, 0}};
+// Tokens of the first two, at most; the very first is for few blocks, since of one with so many registers an SM has no room for a block
+// of the kernel behind it, too.
+inline constexpr int64_t kFewestTokensProject = 32, kFewTokensProject = 64;
+// Activations beyond which torch's product is as fast: this kernel reads `down` again for every 64 tokens.
+inline constexpr int64_t kMostProjected = int64_t{1} << 24;
+
+// The ring's stages: more would leave an SM no room for a block of the kernel behind this one, which 64 tokens have two of.
+inline constexpr int kProjectStages = 5;
 
 struct ProjectPlan {
   int shape;
@@ -41,12 +43,12 @@ struct ProjectPlan {
 // k and rank are multiples of 8.
 constexpr ProjectPlan project_plan(int64_t m, int64_t k, int rank, int num_sms) {
   constexpr int kMostShares = 8;
-  ProjectPlan p{m <= kTokensProject[0] ? 0 : m <= kTokensProject[1] ? 1 : 2, 1, 0, 0};
+  ProjectPlan p{m <= kFewestTokensProject ? 0 : m <= kFewTokensProject ? 1 : 2, 1, 0, 0};
   const ProjectShape& shape = kProjectShapes[p.shape];
   p.rank_tiles = (rank + shape.ranks() - 1) / shape.ranks();
   const int64_t tiles = (m + shape.tokens() - 1) / shape.tokens() * p.rank_tiles;
-  const int64_t units = (k + kProjectUnitCols - 1) / kProjectUnitCols;
-  while (p.shares < kMostShares && tiles * p.shares * 2 <= 2 * num_sms && units >= p.shares * 2 * shape.warps_k())
+  const int64_t units = (k + shape.unit_cols() - 1) / shape.unit_cols();
+  while (p.shares < kMostShares && tiles * p.shares * 2 <= 2 * num_sms && units >= p.shares * 2 * shape.warps_k)
     p.shares *= 2;
   p.grid = tiles * p.shares;
   return p;
