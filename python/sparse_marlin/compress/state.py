@@ -9,6 +9,7 @@ not used.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .._version import __version__
+from ..checkpoint_config import LayerSpec
 from ..linear import SparseMarlinLinear
 from ..replace import Candidate, Replacement
 
@@ -109,7 +111,7 @@ def _write(name: str, new: Replacement | str, tensors: dict[str, torch.Tensor]) 
     }
     if isinstance(new.layer, SparseMarlinLinear):
         layer = new.layer
-        entry |= {"group_size": layer.group_size, "num_bits": layer.num_bits, "rank": layer.rank}
+        entry["packed"] = dataclasses.asdict(LayerSpec.of(layer))
         kept = {key: tensor for key, tensor in layer.state_dict().items() if key != "bias"}
     else:
         assert isinstance(new.layer, nn.Linear)
@@ -129,15 +131,7 @@ def _read(candidate: Candidate, entry: Mapping[str, Any], tensors: Mapping[str, 
     if _DENSE in own:
         layer = dense_twin(linear, own[_DENSE])
     else:
-        made = SparseMarlinLinear(
-            linear.in_features,
-            linear.out_features,
-            False,
-            group_size=entry["group_size"],
-            num_bits=entry["num_bits"],
-            rank=entry["rank"],
-            dtype=own["scales"].dtype,
-        )
+        made = LayerSpec(**entry["packed"]).make(False, None, own["scales"].dtype)
         made.load_state_dict(own)
         if linear.bias is not None:
             made.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=linear.bias.requires_grad)
