@@ -8,6 +8,7 @@
 #include "device/scheduler.cuh"
 #include "launch/spread.h"
 #include "plan/plan.h"
+#include "plan/project.h"
 #include "plan/smem.h"
 #include "plan/smem_decode.h"
 #include "plan/stream_k.h"
@@ -213,6 +214,29 @@ TEST(Plan, RefusesWhatTheDeviceCannotDo) {
   p.m = p.n = p.k = 64;
   EXPECT_NE(why_unsupported(p, turing).find("got 7.5"), std::string::npos);
   EXPECT_THROW(plan(p, turing), std::invalid_argument);
+}
+
+// device/kernel_project.cuh: what its blocks share out is all of the product, once.
+TEST(Project, EveryPlan) {
+  constexpr int kSms = 132;
+  for (int64_t m : {1, 17, 32, 33, 64, 65, 100, 129, 1000, 4096}) {
+    for (int64_t k : {8, 64, 136, 1096, 4096, 14336}) {
+      for (int rank : {8, 24, 64, 72, 192}) {
+        SCOPED_TRACE(testing::Message() << m << " tokens, k " << k << ", rank " << rank);
+        const ProjectPlan plan = project_plan(m, k, rank, kSms);
+        const ProjectShape& shape = kProjectShapes[static_cast<size_t>(plan.shape)];
+        const int64_t token_tiles = (m + shape.tokens() - 1) / shape.tokens();
+        EXPECT_EQ(plan.grid, token_tiles * plan.rank_tiles * plan.shares);
+        EXPECT_GE(plan.rank_tiles * shape.ranks(), rank);
+        EXPECT_LT((plan.rank_tiles - 1) * shape.ranks(), rank);
+        EXPECT_TRUE(plan.shares == 1 || plan.shares == 2 || plan.shares == 4 || plan.shares == 8);
+        // a share of k for every warp, and no more blocks than two an SM where k is shared out
+        const int64_t units = (k + shape.unit_cols() - 1) / shape.unit_cols();
+        EXPECT_TRUE(plan.shares == 1 || (units >= plan.shares * shape.warps_k && plan.grid <= 2 * kSms));
+        EXPECT_EQ(shape.has_ring(), m > kFewTokensProject);
+      }
+    }
+  }
 }
 
 }  // namespace
