@@ -208,13 +208,16 @@ def test_correction_lowers_the_error_and_belongs_to_the_layer():
     report = compress(corrected, tokens(), group_size=32, rank=8)
     assert report.mean_output_error < 0.85 * without.mean_output_error
     assert "rank 8" in report.method
-    layer = corrected.model.layers[0].mlp.up_proj
-    up, down = layer.correction()
-    assert (tuple(up.shape), tuple(down.shape), layer.packed_correction) == ((100, 8), (8, 64), True)
-    # `down`, and packed for 128 rows and columns, 3 bits each, with a scale for every 32 columns
-    extra = 4 * 8 * 64 + 128 * 128 * 3 // 8 + 4 * 4 * 100
     of = {row.name: row.bytes_after for row in report}, {row.name: row.bytes_after for row in without}
+    # `down`, and packed 64 rows and 128 columns, 3 bits each, with a scale for every 32 columns
+    extra = 4 * 8 * 64 + 64 * 128 * 3 // 8 + 4 * 4 * 64
+    assert of[0]["model.layers.0.self_attn.q_proj"] == of[1]["model.layers.0.self_attn.q_proj"] + extra
+    # 100 outputs: no multiple of 8, which kernels need where it is packed
+    extra = 4 * 8 * (100 + 64)
     assert of[0]["model.layers.0.mlp.up_proj"] == of[1]["model.layers.0.mlp.up_proj"] + extra
+    for layer, n in ((corrected.model.layers[0].self_attn.q_proj, 64), (corrected.model.layers[0].mlp.up_proj, 100)):
+        up, down = layer.correction()
+        assert (tuple(up.shape), tuple(down.shape), layer.packed_correction) == ((n, 8), (8, 64), n == 64)
     # The reported error is that of what the layer computes.
     x = torch.randn(50, 64)
     torch.testing.assert_close(layer(x), layer.to_linear()(x), rtol=1e-3, atol=1e-3)
@@ -243,11 +246,14 @@ def test_a_shared_correction_can_be_merged():
 
 def test_sixteen_bit_scales_survive_a_change_of_dtype():
     model = llama()
-    compress(model, tokens(), group_size=32, rank=4, scale_dtype=torch.bfloat16)
+    compress(model, tokens(), group_size=32, rank=8, scale_dtype=torch.bfloat16)
+    kinds = set()
     for module in model.modules():
         if isinstance(module, SparseMarlinLinear):
-            for tensor in (module.scales, module.correction_scales, module.correction_down):
-                assert torch.equal(tensor, tensor.bfloat16().float())
+            kinds.add(module.packed_correction)
+            for tensor in module.buffers():
+                assert tensor.dtype == torch.int32 or torch.equal(tensor, tensor.bfloat16().float())
+    assert kinds == {False, True}
 
 
 def test_a_model_without_blocks_is_one_block():

@@ -9,7 +9,8 @@ namespace sparse_marlin {
 // a @ down^T, [M, rank]. M must not be 0.
 Tensor projected(const LowRankCall& call);
 
-// out += projected(call) @ up^T, behind the multiplication that has written `out`. `multiply` runs a multiplication by a packed weight.
-void add_products(const LowRankCall& call, const std::function<Tensor(const GemmCall&)>& multiply);
+// out + projected(call) @ up^T, behind the multiplication that has written `out`, which may be what is returned. `multiply` runs a
+// multiplication by a packed weight.
+Tensor with_products(const LowRankCall& call, const std::function<Tensor(const GemmCall&)>& multiply);
 
 }  // namespace sparse_marlin

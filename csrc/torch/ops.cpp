@@ -41,11 +41,10 @@ Tensor gemm_low_rank_cpu_op(const Tensor& a, const Tensor& weight_packed, const 
   if (next_packed) expect_next(*next_packed, a, kLowRankOp);
   if (call.gemm.problem.m == 0) return call.gemm.out;
   gemm_cpu(call.gemm.problem, call.gemm.params, on_torch_threads);
-  add_products(call, [](const GemmCall& gemm) {
+  return with_products(call, [](const GemmCall& gemm) {
     gemm_cpu(gemm.problem, gemm.params, on_torch_threads);
     return gemm.out;
   });
-  return call.gemm.out;
 }
 
 // A CPU's caches are too small for the hint.

@@ -201,8 +201,8 @@ Tensor run_low_rank(const LowRankCall& call, const Choose& choose, const NextWei
     }
   }
   run_plan(call.gemm, *plan, kLowRankOp, factors, next);
-  if (plan->rank == 0) add_products(call, [](const GemmCall& gemm) { return remembered_gemm(gemm); });
-  return call.gemm.out;
+  if (plan->rank > 0) return call.gemm.out;
+  return with_products(call, [](const GemmCall& gemm) { return remembered_gemm(gemm); });
 }
 
 Tensor gemm_low_rank_cuda_op(const Tensor& a, const Tensor& weight_packed, const Tensor& scales, const Tensor& down,

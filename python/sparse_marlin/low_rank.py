@@ -9,9 +9,15 @@ the layer's weight.
 import torch
 
 from ._extension import _core
-from .quantize import KEPT_PER_QUAD, QUAD, QuantizedWeight, dequantize_codes, quantize
+from .quantize import CHANNELWISE, KEPT_PER_QUAD, QUAD, QuantizedWeight, dequantize_codes, quantize
 
 HALVES = 2  # of 128 columns
+
+
+def kernels_take_packed(group_size: int, *sizes: int) -> bool:
+    """Whether kernels multiply such a factor in one go with the weight, given K, the rank and N (of one layer, or of
+    several); where they don't, a dense one is faster."""
+    return group_size != CHANNELWISE and all(size % _core.RANK_MULTIPLE == 0 for size in sizes)
 
 
 def tail_columns(rank: int) -> int:

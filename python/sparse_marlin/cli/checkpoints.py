@@ -131,7 +131,12 @@ def compress(
     quality: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, alps or joint (best).")] = "joint",
     group_size: GroupSize = 128,
     num_bits: NumBits = 4,
-    rank: Annotated[int, typer.Option(min=0, help="Rank of the low-rank correction of each layer; 0: none.")] = 0,
+    rank: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Rank of the low-rank correction of each layer, fast where it is a multiple of 8; 0: none."
+        ),
+    ] = 0,
     shared_correction: Annotated[
         bool, typer.Option("--shared-correction", help="One first factor for linears that read the same input.")
     ] = False,

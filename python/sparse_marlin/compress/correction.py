@@ -9,9 +9,9 @@ Linears that read the same input have the same L, and most of what their E L hav
 share `down`: the factors of their E one below the other, of which each linear has its rows of `up`. That is more error
 at the same rank, fewer bytes, and one product for all of them (`merge_linears`).
 
-Where the weight has groups, `up` is packed like it, in its number of bits (`sparse_marlin.low_rank`): its columns are
-brought to one length first, since they share scales and rounding then costs each direction in proportion to what it
-corrects; `down`, which takes up the lengths, is fitted again behind the rounded `up`: the least squares of
+Where the kernels take it (`kernels_take_packed`), `up` is packed like the weight, in its number of bits: its columns
+are brought to one length first, since they share scales and rounding then costs each direction in proportion to what
+it corrects; `down`, which takes up the lengths, is fitted again behind the rounded `up`: the least squares of
 E - up down over it do not depend on L.
 
 With the default quality codes and correction then take turns: the codes descend towards W - up down, which the
@@ -25,8 +25,8 @@ import dataclasses
 
 import torch
 
-from ..low_rank import gather, quantize_up
-from ..quantize import CHANNELWISE, QuantizedWeight
+from ..low_rank import gather, kernels_take_packed, quantize_up
+from ..quantize import QuantizedWeight
 from .descent import descend
 from .problem import Problem, Solution, refit_scales
 
@@ -101,12 +101,14 @@ def corrected(
 def _factors(problem: Problem, solution: Solution, rows: list[slice], rank: int, shared: bool) -> list[Factors]:
     error, dtype = problem.target - solution.values(problem), problem.scale_dtype
     found: list[Factors] = []
-    for together in [slice(None)] if shared else rows:
+    for parts in [rows] if shared else [[part] for part in rows]:
+        together = slice(parts[0].start, parts[-1].stop)
         up, down = low_rank(error[:, together], problem.hessian.lower, rank, dtype)
-        if problem.group_size == CHANNELWISE:
-            found.append((up, down))
-        else:
+        outputs = [part.stop - part.start for part in parts]
+        if kernels_take_packed(problem.group_size, error.shape[0], down.shape[0], *outputs):
             found.append(packed(up, down, error[:, together], problem.group_size, problem.num_bits, dtype))
+        else:
+            found.append((up, down))
     return [(_rows(found[0][0], part), found[0][1]) for part in rows] if shared else found
 
 

@@ -60,7 +60,7 @@ def compress(
             `Problem` to a `Solution`.
         group_size: input features that share a scale: 32, 64, 128, 256, or -1 for a whole row.
         num_bits: 4 or 8.
-        rank: of the low-rank correction that each layer adds; 0: none.
+        rank: of the low-rank correction that each layer adds, a multiple of 8 or better of 64; 0: none.
         shared_correction: linears that read the same input have one first factor of the correction, so that
             `merge_linears` can multiply them at once. It takes less of the error at the same rank (docs/ACCURACY.md).
         ignore: what stays dense, as in `replace_linears`.
