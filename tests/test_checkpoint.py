@@ -1,5 +1,6 @@
 """Saved models: written, verified, opened by this library and by transformers, refused when damaged."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -92,6 +93,21 @@ def test_config_says_what_each_layer_is(tmp_path):
 
 def test_ranks_are_kept_in_the_config():
     spec = LayerSpec(128, 64, 4, 128, rank=16)
+    packed = dataclasses.replace(spec, packed_correction=True)
+    written = CheckpointConfig({"a": packed, "b": spec})
+    assert "packed_correction" not in written.to_dict()["layers"]["b"]
+    assert CheckpointConfig.from_dict(written.to_dict()).layers == written.layers
+    assert LayerSpec.of(packed.make(False, "cpu", torch.float16)) == packed
+    for wrong, message in (
+        ({"packed_correction": 1}, "packed_correction: expected true or false, got 1"),
+        ({"rank": True}, "rank: expected a number, got True"),
+        ({"rank": 0}, "packed_correction: expected a rank > 0 and groups, got rank 0, group_size 128"),
+        ({"group_size": -1}, "packed_correction: expected a rank > 0 and groups, got rank 16, group_size -1"),
+    ):
+        config = written.to_dict()
+        config["layers"]["a"] |= wrong
+        with pytest.raises(ValueError, match=f"a: {message}"):
+            CheckpointConfig.from_dict(config)
     config = CheckpointConfig({"a": spec, "b": LayerSpec(128, 64)})
     assert config.to_dict()["layers"]["a"]["rank"] == 16
     assert "rank" not in config.to_dict()["layers"]["b"]

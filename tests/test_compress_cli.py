@@ -26,7 +26,7 @@ def text_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def compressed(model_folder, text_file, tmp_path_factory):  # noqa: F811
     out = tmp_path_factory.mktemp("compressed") / "small"
-    rank = ("--rank", 4, "--shared-correction")
+    rank = ("--rank", 8, "--shared-correction")
     done = run("compress", model_folder, out, "--calibration", text_file, *OPTIONS, *rank, "--json")
     assert done.exit_code == 0, done.output
     return out, done
@@ -43,7 +43,8 @@ def test_the_folder_opens_and_generates(compressed, model_folder):  # noqa: F811
     model = sparse_marlin.from_pretrained(out)
     layers = [module for module in model.modules() if isinstance(module, SparseMarlinLinear)]
     assert len(layers) == 14
-    assert {layer.rank for layer in layers} == {4}
+    assert {layer.rank for layer in layers} == {8}
+    assert True in {layer.packed_correction for layer in layers}
     mlp = model.model.layers[0].mlp
     assert torch.equal(mlp.gate_proj.correction_down, mlp.up_proj.correction_down)
     assert {layer.scales.dtype for layer in layers} == {torch.bfloat16}
@@ -64,7 +65,7 @@ def test_model_card_and_config(compressed):
     card, config = (out / "README.md").read_text(), json.loads((out / "config.json").read_text())
     assert "import sparse_marlin" in card
     assert f"| perplexity | {json.loads(done.stdout)['dense']['perplexity']:.3f} |" in card
-    assert "rank 4, one first factor for linears of the same input" in card
+    assert "rank 8, one first factor for linears of the same input" in card
     assert "/" not in card.partition("base_model: ")[2].splitlines()[0]  # no folder of this machine
     assert config["quantization_config"]["quant_method"] == "sparse_marlin"
     assert config["compression"]["quality"] == "joint"

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:compress. calibration")
 def test_an_interrupted_call_continues_and_gives_the_same(tmp_path):
     state = tmp_path / "state"
     whole = llama(layers=3)
-    report = compress(whole, tokens(), group_size=32, rank=2, max_error=0.3)
+    report = compress(whole, tokens(), group_size=32, rank=8, max_error=0.3)
     solved = []
 
     def counting(stop):
@@ -35,7 +35,7 @@ def test_an_interrupted_call_continues_and_gives_the_same(tmp_path):
         return joint
 
     model = llama(layers=3)
-    options = {"group_size": 32, "rank": 2, "max_error": 0.3, "state": state}
+    options = {"group_size": 32, "rank": 8, "max_error": 0.3, "state": state}
     with pytest.raises(KeyboardInterrupt):
         compress(model, tokens(), quality=counting(10), **options)  # in the third block
     assert sorted(path.name for path in state.iterdir()) == ["block-00000.safetensors", "block-00001.safetensors"]

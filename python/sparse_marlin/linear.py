@@ -26,9 +26,9 @@ class SparseMarlinLinear(nn.Module):
 
     With `rank` > 0 the layer adds `correction_up @ (correction_down @ x)`: two small factors, buffers
     [out_features, rank] and [rank, in_features] in the dtype of the scales, that make good some of what pruning and
-    rounding lost (`sparse_marlin.compress` finds them). With `packed_correction` the first of them is packed in codes
-    of `num_bits` bits, as the weight is, and has `correction_scales` (`sparse_marlin.low_rank`): smaller, and for many
-    tokens much faster; groups are needed for it. They are buffers, frozen like the weight.
+    rounding lost (`sparse_marlin.compress` finds them). With `packed_correction`, which needs groups, `correction_up`
+    is int32, packed in codes of `num_bits` bits as the weight is, and has `correction_scales`
+    (`sparse_marlin.low_rank`): smaller, and for many tokens much faster. They are buffers, frozen like the weight.
     """
 
     __constants__: ClassVar[list[str]] = [
