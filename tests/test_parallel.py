@@ -429,6 +429,34 @@ def test_generate_under_torchrun_gives_the_same_tokens(folders, source):
     assert "rank 1 of 2" not in run.stderr
 
 
+THREADS_LEFT = """
+import os
+import torch, torch.distributed as dist
+from sparse_marlin.parallel import torchrun_group
+
+def threads():
+    tasks = "/proc/self/task"
+    return sum("gloo" in open(f"{tasks}/{task}/comm").read() for task in os.listdir(tasks))
+
+with torchrun_group(torch.device("cpu")):
+    import torch._dynamo
+    dist.all_reduce(torch.ones(4))
+    assert threads() > 0
+assert threads() == 0, "the group lives on"
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_a_group_ends_with_its_context(tmp_path):
+    """A thread that lives until the interpreter ends may end it with SIGABRT."""
+    script = tmp_path / "threads.py"
+    script.write_text(THREADS_LEFT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1] / "python")}
+    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    run = subprocess.run(call, capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr
+
+
 def wrong_shares():
     layer = random_layer(64, 256, True)
     said = []

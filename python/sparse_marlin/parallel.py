@@ -12,6 +12,7 @@ bias. An attention or feed-forward block is a column layer, what lies between, a
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -61,6 +62,9 @@ def torchrun_group(device: torch.device | None = None) -> Iterator[torch.device 
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+    # Imported while a group exists, as torch._dynamo does, it would keep the group in the defaults of its functions:
+    # gloo's threads would then live until the interpreter ends, which now and then ends with SIGABRT.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
     )
