@@ -120,9 +120,10 @@ def test_against_float64(device, m, n, k, rank, group_size, dtype, packed_up):
     assert not torch.equal(got, layer.plain(a)), "the correction is too small to be seen"
 
 
-def test_every_layout_of_the_arguments(device):
+@pytest.mark.parametrize("packed_up", [False, True])
+def test_every_layout_of_the_arguments(device, packed_up):
     dtype = half_of(device)
-    layer = Corrected(72, 136, 16, 64, 8, dtype, device, bias=True)
+    layer = Corrected(72, 136, 16, 64, 8, dtype, device, bias=True, packed_up=packed_up)
     a = smt.activations(2, 3, 136, dtype=dtype, device=device)
     wanted = layer(a)
     assert wanted.shape == (2, 3, 72)
@@ -132,6 +133,9 @@ def test_every_layout_of_the_arguments(device):
     assert not wide.is_contiguous()
     smt.assert_same_bits(layer(wide), wanted, "strided a")
     layer.down, layer.up = layer.down.t().contiguous().t(), layer.up.t().contiguous().t()
+    if packed_up:  # parts of larger tensors, as of a merged layer
+        layer.up_packed = torch.cat((layer.up_packed,) * 2, dim=1)[:, : layer.up_packed.shape[1]]
+        layer.up_scales = torch.cat((layer.up_scales,) * 2, dim=1)[:, :72]
     smt.assert_same_bits(layer(a), wanted, "factors in column order")
     buffer = torch.empty(layer.down.numel() + 1, dtype=dtype, device=device)
     buffer[1:] = layer.down.flatten()

@@ -61,9 +61,9 @@ struct KernelArgsDecode {
   KernelArgs gemm;
   CUtensorMap acts_map;    // [k / 64][m][64], box: the tokens and columns of a chunk
   CUtensorMap scales_map;  // [groups, n], box: groups of a chunk x block_n features; unset where channelwise
-  CUtensorMap
-      up_map;  // of a correction: [n, rank], box: block_n features x 64 ranks; where `up` is packed, its scales: [groups,
-               // n], box: all groups x block_n features
+  // Of a correction: [n, rank], box: block_n features x 64 ranks; where `up` is packed, its scales: [groups, n], box: all groups x block_n
+  // features.
+  CUtensorMap up_map;
   SmemDecode smem;
   uint32_t splits_inverse;  // device/scheduler.cuh
   uint32_t zero;            // 0, which the compiler must not know (run in mainloop_decode.cuh)
