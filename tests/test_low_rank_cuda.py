@@ -13,49 +13,57 @@ from sparse_marlin import _core
 from sparse_marlin import testing as smt
 
 
+def check_every_split(cases, tile, splits, num_bits, dtype, cuda, packed_up=False) -> None:
+    ran = 0
+    for i, (m, n, k, rank, group_size) in enumerate(cases):
+        layer = Corrected(n, k, rank, group_size, num_bits, dtype, cuda, bias=i % 2 == 0, packed_up=packed_up)
+        a = smt.activations(m, k, dtype=dtype, device=cuda)
+        for some in splits:
+            if not layer.fits(m, tile, some):
+                continue
+            assert layer.plan(m, tile, some).tail == (-(-rank // 64) if packed_up else 0)
+            what = f"tile {tile}, splits {some}, m={m} n={n} k={k} rank={rank} group={group_size}"
+            check_repeated(layer, a, tile, some, 3, what)
+            ran += 1
+    assert ran > 0, f"tile {tile} fits no case"
+
+
+def check_repeated(layer: Corrected, a: torch.Tensor, tile: int, splits: int, runs: int, what: str) -> None:
+    with smt.poisoned_allocations(a.device, megabytes=1):
+        got = layer.by(a, tile, splits)
+    layer.check(got, a, what)
+    for run in range(runs):
+        assert_same_on_gpu(layer.by(a, tile, splits, run % 2 == 0), got, f"run {run} of {what}")
+
+
+def check_walk(layer: Corrected, n: int, m: int, tile: int) -> None:
+    """More output tiles than the GPU holds blocks at once."""
+    plan = layer.plan(m, tile, 1)
+    assert -(-n // _core.TILES[tile].block_n) * -(-m // _core.TILES[tile].block_m) > plan.grid - plan.lead
+    a = smt.activations(m, 192, dtype=torch.float16, device=layer.packed.device)
+    check_repeated(layer, a, tile, 1, 10, f"tile {tile}")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("num_bits", _core.NUM_BITS)
 @pytest.mark.parametrize("tile", TILES)
 def test_every_tile_with_every_split(cuda, tile, num_bits, dtype):
     need_kernel("decode")
-    ran = 0
-    for i, (m, n, k, rank, group_size) in enumerate(CASES):
-        layer = Corrected(n, k, rank, group_size, num_bits, dtype, cuda, bias=i % 2 == 0)
-        a = smt.activations(m, k, dtype=dtype, device=cuda)
-        for splits in SPLITS:
-            if not layer.fits(m, tile, splits):
-                continue
-            what = f"tile {tile}, splits {splits}, m={m} n={n} k={k} rank={rank} group={group_size}"
-            with smt.poisoned_allocations(cuda, megabytes=1):
-                got = layer.by(a, tile, splits)
-            layer.check(got, a, what)
-            for run in range(3):
-                assert_same_on_gpu(layer.by(a, tile, splits, run % 2 == 0), got, f"run {run} of {what}")
-            ran += 1
-    assert ran > 0, f"tile {tile} fits no case"
+    check_every_split(CASES, tile, SPLITS, num_bits, dtype, cuda)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize(("m", "rank"), [(3, 24), (9, 64)])
 def test_blocks_that_walk_over_output_tiles(cuda, tile, m, rank):
-    """A block asks for its rows of `up` again for every output tile; more blocks than the GPU holds at once."""
+    """A block asks for its rows of `up` again for every output tile."""
     need_kernel("decode")
-    n = 34001
-    layer = Corrected(n, 192, rank, 64, device=cuda, bias=True)
+    layer = Corrected(34001, 192, rank, 64, device=cuda, bias=True)
     if not layer.fits(m, tile, 1):
         assert m > 8, "only many tokens leave a tile no room"
         pytest.skip("no room beside the factors")
-    plan = layer.plan(m, tile, 1)
-    tiles = -(-n // _core.TILES[tile].block_n) * -(-m // _core.TILES[tile].block_m)
-    assert tiles > plan.grid - plan.lead
-    a = smt.activations(m, 192, dtype=torch.float16, device=cuda)
-    with smt.poisoned_allocations(cuda, megabytes=1):
-        got = layer.by(a, tile, 1)
-    layer.check(got, a, f"tile {tile}")
-    for run in range(10):
-        assert_same_on_gpu(layer.by(a, tile, 1, run % 2 == 0), got, f"run {run}")
+    check_walk(layer, 34001, m, tile)
 
 
 @pytest.mark.gpu

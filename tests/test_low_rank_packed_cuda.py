@@ -4,7 +4,8 @@ kernel's, every tile and split, graphs, chains, inputs written right before."""
 import pytest
 import torch
 from test_gemm_cuda import assert_same_on_gpu, need_kernel
-from test_low_rank import HALVES, OP, TILES, WIDE_TILES, Corrected
+from test_low_rank import HALVES, OP, SPLITS, TILES, WIDE_TILES, Corrected
+from test_low_rank_cuda import check_every_split, check_walk
 
 from sparse_marlin import _core
 from sparse_marlin import testing as smt
@@ -32,32 +33,13 @@ WIDE_CASES = [
 WIDE_SPLITS = (-2, -1, 1, 2, 3, 5)
 
 
-def check_every_way(cases, tile, splits, num_bits, dtype, cuda) -> None:
-    ran = 0
-    for i, (m, n, k, rank, group_size) in enumerate(cases):
-        layer = Corrected(n, k, rank, group_size, num_bits, dtype, cuda, bias=i % 2 == 0, packed_up=True)
-        a = smt.activations(m, k, dtype=dtype, device=cuda)
-        for some in splits:
-            if not layer.fits(m, tile, some):
-                continue
-            assert layer.plan(m, tile, some).tail == -(-rank // 64)
-            what = f"tile {tile}, splits {some}, m={m} n={n} k={k} rank={rank} group={group_size}"
-            with smt.poisoned_allocations(cuda, megabytes=1):
-                got = layer.by(a, tile, some)
-            layer.check(got, a, what)
-            for run in range(3):
-                assert_same_on_gpu(layer.by(a, tile, some, run % 2 == 0), got, f"run {run} of {what}")
-            ran += 1
-    assert ran > 0, f"tile {tile} fits no case"
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("num_bits", _core.NUM_BITS)
 @pytest.mark.parametrize("tile", TILES)
 def test_every_tile_of_the_decode_kernel(cuda, tile, num_bits, dtype):
     need_kernel("decode")
-    check_every_way(CASES, tile, (1, 2, 3, 5, 8), num_bits, dtype, cuda)
+    check_every_split(CASES, tile, SPLITS, num_bits, dtype, cuda, packed_up=True)
 
 
 @pytest.mark.gpu
@@ -66,25 +48,16 @@ def test_every_tile_of_the_decode_kernel(cuda, tile, num_bits, dtype):
 @pytest.mark.parametrize("tile", WIDE_TILES)
 def test_every_tile_of_the_wgmma_kernel(cuda, tile, num_bits, dtype):
     need_kernel("sm90")
-    check_every_way(WIDE_CASES, tile, WIDE_SPLITS, num_bits, dtype, cuda)
+    check_every_split(WIDE_CASES, tile, WIDE_SPLITS, num_bits, dtype, cuda, packed_up=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize(("m", "rank"), [(3, 24), (9, 64)])
 def test_blocks_that_walk_over_output_tiles(cuda, tile, m, rank):
-    """A block asks for its rows of `up` again for every output tile; more blocks than the GPU holds at once."""
+    """A block asks for its rows of `up` again for every output tile."""
     need_kernel("decode")
-    layer = Corrected(34008, 192, rank, 64, device=cuda, bias=True, packed_up=True)
-    plan = layer.plan(m, tile, 1)
-    tiles = -(-34008 // _core.TILES[tile].block_n) * -(-m // _core.TILES[tile].block_m)
-    assert tiles > plan.grid - plan.lead
-    a = smt.activations(m, 192, dtype=torch.float16, device=cuda)
-    with smt.poisoned_allocations(cuda, megabytes=1):
-        got = layer.by(a, tile, 1)
-    layer.check(got, a, f"tile {tile}")
-    for run in range(10):
-        assert_same_on_gpu(layer.by(a, tile, 1, run % 2 == 0), got, f"run {run}")
+    check_walk(Corrected(34008, 192, rank, 64, device=cuda, bias=True, packed_up=True), 34008, m, tile)
 
 
 @pytest.mark.gpu

@@ -144,7 +144,6 @@ void expect_packed_up(LowRankCall& call, const Arg& up, const std::optional<Tens
   expect_dtype_of(scales, {kLowRankOp, "a", call.gemm.acts});
   expect_dims(scales, 2, "[groups, N]");
   expect_scales_shape(scales, problem.n, k, problem.group_size);
-  call.packed = true;
   call.up_weights = packed_rows(up.tensor);
   call.up_scales = dense_aligned(*up_scales);
 }
@@ -155,8 +154,7 @@ LowRankCall low_rank_call(const Tensor& a, const Tensor& weight_packed, const Te
                           const Tensor& up, int64_t group_size, int64_t num_bits, const std::optional<Tensor>& bias,
                           const std::optional<Tensor>& up_scales) {
   const Arg acts{kLowRankOp, "a", a}, first{kLowRankOp, "down", down}, second{kLowRankOp, "up", up};
-  LowRankCall call{};
-  call.gemm = gemm_call(a, weight_packed, scales, group_size, num_bits, bias, kLowRankOp);
+  LowRankCall call{gemm_call(a, weight_packed, scales, group_size, num_bits, bias, kLowRankOp), down, up, {}, {}};
   for (const Arg* arg : {&first, &second}) {
     expect_tensor(*arg);
     expect_device_of(*arg, acts);

@@ -31,11 +31,11 @@ struct GemmCall {
 struct LowRankCall {
   GemmCall gemm;
   Tensor down;
-  Tensor up;  // unless packed
-  // A packed `up` (plan/low_rank.h).
-  bool packed;
-  PackedRows up_weights;
+  Tensor up;
+  // Of a packed `up` (plan/low_rank.h).
+  std::optional<PackedRows> up_weights;
   std::optional<Tensor> up_scales;
+  bool packed() const { return up_weights.has_value(); }
 };
 struct PackCall {
   PackParams params;

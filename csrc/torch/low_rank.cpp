@@ -40,8 +40,8 @@ Tensor with_products(const LowRankCall& call, const std::function<Tensor(const G
   const Problem& problem = call.gemm.problem;
   const Tensor low = projected(call);
   Tensor out = reshaped(call.gemm.out, {problem.m, problem.n});
-  if (call.packed) {
-    const GemmCall up = gemm_call(twice(low, problem.m, call.down.size(0)), call.up_weights.tensor, *call.up_scales,
+  if (call.packed()) {
+    const GemmCall up = gemm_call(twice(low, problem.m, call.down.size(0)), call.up_weights->tensor, *call.up_scales,
                                   problem.group_size, problem.num_bits, std::nullopt, kLowRankOp);
     return torch::stable::view(torch::stable::subtract(out, multiply(up), -1.0), call.gemm.out.sizes());
   }

@@ -190,10 +190,10 @@ Tensor run_low_rank(const LowRankCall& call, const Choose& choose, const NextWei
   std::optional<Tensor> projection;
   if (plan->rank > 0) {
     factors.down = call.down.const_data_ptr();
-    factors.up = call.packed ? call.up_weights.words : call.up.const_data_ptr();
-    if (call.packed) {
+    factors.up = call.packed() ? call.up_weights->words : call.up.const_data_ptr();
+    if (call.packed()) {
       factors.up_scales = call.up_scales->const_data_ptr();
-      factors.up_row_words = call.up_weights.row_words;
+      factors.up_row_words = call.up_weights->row_words;
     }
     if (plan->lead == 0) {
       projection = project(call, plan->dependent);
@@ -211,7 +211,7 @@ Tensor gemm_low_rank_cuda_op(const Tensor& a, const Tensor& weight_packed, const
   const LowRankCall call = low_rank_call(a, weight_packed, scales, down, up, group_size, num_bits, bias, up_scales);
   if (next_packed) expect_next(*next_packed, a, kLowRankOp);
   const auto choose = [&](const Problem& problem, const Device& device) {
-    return remembered_plan(problem, device, call.gemm.out.get_device_index(), call.down.size(0), call.packed);
+    return remembered_plan(problem, device, call.gemm.out.get_device_index(), call.down.size(0), call.packed());
   };
   return run_low_rank(call, choose, next_packed ? next_weights(*next_packed) : NextWeights{});
 }
@@ -224,7 +224,7 @@ Tensor gemm_low_rank_by_cuda_op(const Tensor& a, const Tensor& weight_packed, co
   return run_low_rank(call, [&](const Problem& problem, const Device& device) {
     Plan chosen = tile < 0 ? plan(problem, device)
                            : plan_low_rank_with_tile(problem, device, call.down.size(0), static_cast<int>(tile),
-                                                     static_cast<int>(splits), call.packed);
+                                                     static_cast<int>(splits), call.packed());
     chosen.dependent = dependent;
     return chosen;
   });

@@ -101,9 +101,9 @@ def sparse_marlin_gemm_low_rank(
 
     On a GPU of compute capability 9.0, up to 16 tokens, with K a multiple of 64 and a rank that is a multiple of 8, at
     most 128, both are one launch: sums in float32, `a @ down.T` rounded to the dtype of `a` and the result once more,
-    bitwise the same from run to run. With a packed `up` there are two launches for any other number of tokens, and for
-    ranks up to 1024, where K, N and the rank are multiples of 8: one makes `a @ down.T`, which the other multiplies
-    like more columns of the weight. Elsewhere two products follow the multiplication, which is rounded, too.
+    bitwise the same from run to run. For any other number of tokens, and for ranks up to 1024, a packed `up` is
+    multiplied like more columns of the weight, where K, N and the rank are multiples of 8, behind a product that makes
+    `a @ down.T`. Elsewhere two products follow the multiplication, which is rounded, too.
 
     `down` and `up` are read like the packed weight, possibly before the kernel before has finished: they must not be
     the output of a kernel that signals its successor early (torch's do not).
