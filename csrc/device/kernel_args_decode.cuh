@@ -3,24 +3,27 @@
 #include <cuda.h>
 
 #include "device/kernel_args.h"
+#include "device/ptx/packet.cuh"
 #include "plan/smem_decode.h"
 
 namespace sparse_marlin::device {
 
 // The low-rank correction (plan/low_rank.h).
 struct LowRankArgs {
-  const void* down;   // [rank, k] row-major, contiguous, as the activations
-  float* sums;        // in the workspace: [share of k][token][rank + padding]
-  uint64_t* flags;    // of blocks that project: equal to the token once their sums are there
-  uint32_t* readers;  // blocks that have seen all flags
-  uint64_t token;     // of this launch
+  const void* down;      // [rank, k] row-major, contiguous, as the activations
+  ptx::Packet* packets;  // in the workspace: sums of t, [share of k][token][rank / 2]
+  uint32_t* readers;     // blocks that have all of them
+  uint64_t token;        // of this launch: the packets' tag
   int rank;
   int shares_log2;
-  int senders;  // blocks that project
-  int lead;     // the same in whole clusters
+  int num_packets;
+  uint32_t rank_blocks_inverse;  // of the rank in eights; device/scheduler.cuh
+  uint32_t pairs_inverse;        // of rank / 2
+  int senders;                   // blocks that project
+  int lead;                      // the same in whole clusters
   int lead_clusters;
   int step;         // blocks that multiply
-  int num_readers;  // blocks that read the sums
+  int num_readers;  // blocks that take the packets
   // `up` in 128-column tiles of packed_24; tail == 0: dense, by its map alone
   int tail;
   int slice_bytes;

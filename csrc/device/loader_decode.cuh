@@ -139,6 +139,14 @@ struct DecodeLoader : DecodePlaces<kTile, kMode, kLowRank> {
   __device__ __forceinline__ void ask_where_free(State& s) const {
     while (s.tile < args.start.tiles && ptx::mbarrier_test(this->empty(s.chunk.barrier), s.chunk.parity ^ 1)) ask(s);
   }
+  // All of the output tile that is begun.
+  __device__ __forceinline__ void run_tile(State& s) const {
+    const int tile = s.tile;
+    while (s.tile == tile && tile < args.start.tiles) {
+      ptx::mbarrier_wait(this->empty(s.chunk.barrier), s.chunk.parity ^ 1);
+      ask(s);
+    }
+  }
   __device__ __forceinline__ void run(State& s) const {
     while (s.tile < args.start.tiles) {
       ptx::mbarrier_wait(this->empty(s.chunk.barrier), s.chunk.parity ^ 1);

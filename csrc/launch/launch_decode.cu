@@ -56,16 +56,17 @@ device::LowRankArgs low_rank_args(const Problem& problem, const Plan& plan, cons
                                   const LowRankFactors& factors) {
   const TileDecode& tile = tile_decode(plan.tile);
   char* base = static_cast<char*>(gemm.params.workspace) + workspace(problem, 0).size;
-  const LowRankWorkspace places = low_rank_workspace(problem.m, problem.k, plan.rank);
   device::LowRankArgs low{};
   low.down = factors.down;
   low.readers = reinterpret_cast<uint32_t*>(base);
-  low.flags = reinterpret_cast<uint64_t*>(base + places.flags);
-  low.sums = reinterpret_cast<float*>(base + places.sums);
+  low.packets = reinterpret_cast<ptx::Packet*>(base + kWorkspaceAlign);
   low.token = launch_token();
   low.rank = plan.rank;
   low.shares_log2 = project_shares_log2(problem.m, problem.k, plan.rank);
   low.senders = project_blocks(problem.m, problem.k, plan.rank);
+  low.num_packets = num_packets(problem.m, problem.k, plan.rank);
+  low.rank_blocks_inverse = device::inverse(plan.rank / kProjectRanks);
+  low.pairs_inverse = device::inverse(plan.rank / kPacketRanks);
   low.lead = plan.lead;
   low.lead_clusters = plan.lead / plan.splits;
   low.step = static_cast<int>(plan.grid) - plan.lead;

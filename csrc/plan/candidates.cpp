@@ -194,7 +194,7 @@ void build_decode(Candidate& c, const Problem& problem, const Device& device, in
     const auto turns = [tiles](int64_t blocks) { return (tiles + blocks - 1) / blocks; };
     if (splits == 1 && p.lead < most && turns(most - p.lead) == turns(most)) p.grid = std::min(tiles, most - p.lead);
     p.grid += p.lead;
-    p.workspace_bytes += low_rank_workspace(problem.m, problem.k, rank).size;
+    p.workspace_bytes += low_rank_workspace_bytes(problem.m, problem.k, rank);
   }
   p.predicted_us = predicted_us(problem, device, p);
 }

@@ -156,7 +156,8 @@ Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
   // Rows of `up` for every tile, of which one block of a cluster adds the correction, and t for every block.
   if (projects) {
     const double up = e.tiles / splits * tile_n(plan.tile) * up_row;
-    const double t = (e.full_waves > 0 ? e.resident : e.last_wave) * projected_bytes(problem.m, problem.k, plan.rank);
+    const double t = (e.full_waves > 0 ? e.resident : e.last_wave) *
+                     static_cast<double>(packets_bytes(problem.m, problem.k, plan.rank));
     e.l2_us += (up + t) / kL2BytesPerUsSm;
   }
   if (portable && plan.splits > 1)

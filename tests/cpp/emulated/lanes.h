@@ -182,6 +182,8 @@ inline void advance(MBarrier& b) {
 
 // --- asynchronous copies ---------------------------------------------------------------------------------------------------
 inline std::vector<std::function<void()>> copies;
+// What others still write while it is copied: sometimes 16 bytes arrive as zeros.
+inline const char *late_from = nullptr, *late_to = nullptr;
 inline void copy(std::function<void()> run) {
   if (random() % 2 == 0) {
     run();
@@ -268,6 +270,9 @@ inline void* __cvta_shared_to_generic(uint32_t address) { return emulated::at(ad
 inline int __shfl_sync(unsigned, int value, int from) {
   return static_cast<int>(emulated::meet<1>({static_cast<uint32_t>(value)})[from][0]);
 }
+inline uint32_t __shfl_xor_sync(unsigned, uint32_t value, int distance) {
+  return emulated::meet<1>({value})[threadIdx.x % emulated::kLanes ^ distance][0];
+}
 inline void __syncwarp() { emulated::meet<1>({0}); }
 inline bool __all_sync(unsigned, bool holds) {
   const auto all = emulated::meet<1>({holds});
@@ -288,5 +293,6 @@ To bits_as(From value) {
 }
 inline float __uint_as_float(uint32_t bits) { return bits_as<float>(bits); }
 inline uint32_t __float_as_uint(float value) { return bits_as<uint32_t>(value); }
+inline void __threadfence() {}
 inline void __nanosleep(unsigned) { emulated::yield(); }
 inline uint32_t atomicAdd(uint32_t* to, uint32_t value) { return std::exchange(*to, *to + value); }

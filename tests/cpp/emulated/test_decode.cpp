@@ -91,7 +91,7 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
   Values<uint32_t> up_words(static_cast<int64_t>(up_packed.words.size()));
   std::copy(up_packed.words.begin(), up_packed.words.end(), up_words.data());
   std::memset(static_cast<void*>(out.all.data()), 0x7f, out.all.size() * sizeof(Act));  // an element not written shows
-  std::vector<uint64_t> workspace(kLowRank ? low_rank_workspace(m, k, rank).size / sizeof(uint64_t) + 64 : 1, 0x55);
+  std::vector<uint64_t> workspace(kLowRank ? low_rank_workspace_bytes(m, k, rank) / sizeof(uint64_t) + 64 : 1, 0x55);
 
   // what launch/launch_decode.cu fills in
   KernelArgsDecode args{};
@@ -136,16 +136,19 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
   int clusters = splits > 1 ? args.start.tiles : std::min(args.start.tiles, num_sms * kTile.blocks);
   if (kLowRank) {
     char* base = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(workspace.data()) + 255) / 256 * 256);
-    const LowRankWorkspace places = low_rank_workspace(m, k, rank);
     device::LowRankArgs& low = args.low;
     low.down = down.data();
     low.readers = reinterpret_cast<uint32_t*>(base);
-    low.flags = reinterpret_cast<uint64_t*>(base + places.flags);
-    low.sums = reinterpret_cast<float*>(base + places.sums);
+    low.packets = reinterpret_cast<ptx::Packet*>(base + kWorkspaceAlign);
+    emulated::late_from = base + kWorkspaceAlign;
+    emulated::late_to = base + low_rank_workspace_bytes(m, k, rank);
     low.token = emulated::random() + (uint64_t{1} << 40);
     low.rank = rank;
     low.shares_log2 = project_shares_log2(m, k, rank);
     low.senders = project_blocks(m, k, rank);
+    low.num_packets = num_packets(m, k, rank);
+    low.rank_blocks_inverse = device::inverse(rank / kProjectRanks);
+    low.pairs_inverse = device::inverse(rank / kPacketRanks);
     low.lead = lead_blocks(m, k, rank, splits);
     low.lead_clusters = low.lead / splits;
     low.step = clusters * splits;
@@ -210,8 +213,8 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
   }
   // one rounding, with a correction two
   EXPECT_LT(std::sqrt(error / size), half ? 5e-4 : 4e-3);
-  for (int i = 0; i < (kLowRank ? project_blocks(m, k, rank) : 0); ++i) {
-    EXPECT_EQ(args.low.flags[i], 0u) << "who launches again, as a graph does, must find no flag of this launch";
+  for (int i = 0; i < (kLowRank ? args.low.num_packets : 0); ++i) {
+    EXPECT_EQ(args.low.packets[i].tag, 0u) << "who launches again, as a graph does, must find no packet of this launch";
   }
 }
 
