@@ -209,6 +209,7 @@ struct LowRankReceiver : LowRankPlaces<kTile, kMode> {
   using Loader = DecodeLoader<kTile, kMode, true>;
 
   static constexpr unsigned kPollNs = 100;
+
   // All packets into shared memory. Goes on asking for chunks meanwhile, where `asks`.
   __device__ __forceinline__ void run(const Loader& loader, typename Loader::State& asked, bool asks, int lane) const {
     // t is not needed before the tile's end
@@ -246,7 +247,7 @@ struct LowRankReceiver : LowRankPlaces<kTile, kMode> {
     bool last = false;
     ptx::named_barrier(Base::kAdded, kTile.threads());
     if (lane == 0) {
-      __threadfence();
+      __threadfence();  // the reads of this block are over before another one clears
       last = atomicAdd(low.readers, 1u) == static_cast<uint32_t>(low.num_readers) - 1;
     }
     if (!__shfl_sync(~0u, last, 0)) return;

@@ -270,9 +270,6 @@ inline void* __cvta_shared_to_generic(uint32_t address) { return emulated::at(ad
 inline int __shfl_sync(unsigned, int value, int from) {
   return static_cast<int>(emulated::meet<1>({static_cast<uint32_t>(value)})[from][0]);
 }
-inline uint32_t __shfl_xor_sync(unsigned, uint32_t value, int distance) {
-  return emulated::meet<1>({value})[threadIdx.x % emulated::kLanes ^ distance][0];
-}
 inline void __syncwarp() { emulated::meet<1>({0}); }
 inline bool __all_sync(unsigned, bool holds) {
   const auto all = emulated::meet<1>({holds});

@@ -133,6 +133,7 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
                             false});
   args.next = {reinterpret_cast<const char*>(words.data()), static_cast<uint32_t>(emulated::random() % 4000 * 16)};
   ptx::prefetched.clear();
+  emulated::late_from = emulated::late_to = nullptr;
   int clusters = splits > 1 ? args.start.tiles : std::min(args.start.tiles, num_sms * kTile.blocks);
   if (kLowRank) {
     char* base = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(workspace.data()) + 255) / 256 * 256);
