@@ -24,8 +24,9 @@ A short multiplication is timed in a row with dependent launch and as a plain la
 the plan's time: the planner does not know what runs before, and a plan that is good in a chain of our kernels need not
 be good after a kernel that ends before ours may start.
 
---rank looks at plans that add a low-rank correction of that rank in the same launch, for the numbers of tokens that
-they take.
+--rank looks at plans of the decode kernel that add a low-rank correction of that rank in the same launch, for the
+numbers of tokens that they take. Its second factor is packed, as `sparse_marlin.compress` makes it, where there are
+groups.
 
 --resume goes on where --out ends, for a sweep that needs more time than one run has: the same GPU and the same
 arguments are expected.
@@ -71,21 +72,32 @@ COMPARED_ELEMENTS = 1 << 22
 WRITE_SECONDS = 10.0  # between two writings of what was measured so far
 
 
+def packs(group_size: int) -> bool:
+    """Whether the correction's second factor is packed."""
+    return group_size != _core.CHANNELWISE
+
+
 def chosen_plan(problem: _core.Problem, device: _core.Device, rank: int) -> _core.Plan:
-    return _core.plan_low_rank(problem, device, rank) if rank else _core.plan(problem, device)
+    if rank:
+        return _core.plan_low_rank(problem, device, rank, packs(problem.group_size))
+    return _core.plan(problem, device)
 
 
 def candidates(problem: _core.Problem, device: _core.Device, rank: int, factor: float, most: int) -> list[_core.Plan]:
-    """The chosen plan first, unless that leaves a correction to two products."""
+    """The chosen plan first, unless that is one of another kernel for a correction."""
     chosen = chosen_plan(problem, device, rank)
-    first, plans = [chosen] if chosen.rank == rank else [], []
+    first, plans = [chosen] if not rank or chosen.lead else [], []
     for number in range(len(_core.TILES)):
         if not _core.may_share(problem, device, number):  # the planner leaves it out, too
             continue
         for splits in SPLITS:
             try:
                 if rank:
-                    plan = _core.plan_low_rank_with_tile(problem, device, rank, number, splits)
+                    plan = _core.plan_low_rank_with_tile(
+                        problem, device, rank, number, splits, packs(problem.group_size)
+                    )
+                    if not plan.lead:
+                        continue
                 else:
                     plan = _core.plan_with_tile(problem, device, number, splits)
             except ValueError:  # tile and splits do not fit the problem
@@ -141,13 +153,21 @@ class Pools:
     def acts(self, tokens: int, k: int) -> torch.Tensor:
         return self.values[: tokens * k].view(tokens, k)
 
-    def factors(self, shape: Shape, rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """down [rank, K] and up [N, rank], different ones, more than the caches hold."""
-        size = rank * (shape.k + shape.n)
+    def factors(self, shape: Shape, rank: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """down [rank, K], up [N, rank] or packed, its scales: different ones, more than the caches hold."""
+        group_size, num_bits = self.args.group_size, self.args.num_bits
+        packed = packs(group_size)
+        size = rank * (shape.k + (0 if packed else shape.n))
         parts = self.small[: self.small.numel() // size * size].view(-1, size)
-        return [
-            (part[: rank * shape.k].view(rank, shape.k), part[rank * shape.k :].view(shape.n, rank)) for part in parts
-        ]
+        if not packed:
+            return [
+                (part[: rank * shape.k].view(rank, shape.k), part[rank * shape.k :].view(shape.n, rank), None)
+                for part in parts
+            ]
+        tail = Shape("up", k=-(-rank // _core.TAIL_RANKS) * _core.TILE_COLS, n=shape.n)
+        ups = self.packed(tail)[:MAX_LAUNCHES]
+        scales = several_scales(len(ups), tail.n, tail.k, group_size, num_bits, self.dtype)
+        return [(part.view(rank, shape.k), *rest) for part, *rest in zip(parts, ups, scales, strict=False)]
 
 
 class Sweep:
@@ -201,7 +221,8 @@ class Sweep:
             weights = packed[i % len(packed)], scales[i % len(packed)]
             how = args.group_size, args.num_bits, None, plan.tile, plan.splits
             if plan.rank:
-                return corrected(a, *weights, *factors[i % len(factors)], *how, dependent=dependent)
+                down, up, up_scales = factors[i % len(factors)]
+                return corrected(a, *weights, down, up, *how, dependent=dependent, up_scales=up_scales)
             return gemm(a, *weights, *how, dependent=dependent)
 
         self.compare(plans, run)
@@ -301,7 +322,7 @@ def kept(
     if not args.resume or not args.out.exists():
         return [], {}
     before = json.loads(args.out.read_text())
-    for key in ("gpu", "dtype", "num_bits", "group_size", "rank"):
+    for key in ("gpu", "dtype", "num_bits", "group_size", "rank", "packed"):
         if before.get(key, 0) != here[key]:
             raise SystemExit(
                 f"--resume: {key}: expected {here[key]}, as in this run, got {before.get(key)} in {args.out}"
@@ -359,6 +380,7 @@ def main() -> int:
         "num_bits": args.num_bits,
         "group_size": args.group_size,
         "rank": args.rank,
+        "packed": args.rank > 0 and packs(args.group_size),
     }
     rows, left_out = kept(args, here, wanted)
     failure = ""

@@ -143,7 +143,7 @@ def load(paths: list[Path]) -> tuple[list[dict[int, Samples]], list[dict[str, ob
         device = _core.Device(
             90, result["num_sms"], 227 << 10, 228 << 10, 50 << 20, result.get("dram_gb_per_s", HBM3_GB_PER_S)
         )
-        rank = result.get("rank", 0)
+        rank, packed = result.get("rank", 0), result.get("packed", False)
         for row in result["problems"]:
             problem = _core.Problem(
                 row["m"], row["n"], row["k"], result["group_size"], result["num_bits"], result["dtype"]
@@ -153,7 +153,7 @@ def load(paths: list[Path]) -> tuple[list[dict[int, Samples]], list[dict[str, ob
                 try:
                     tile = number[int(old)]
                     if rank:
-                        plan = _core.plan_low_rank_with_tile(problem, device, rank, tile, int(splits))
+                        plan = _core.plan_low_rank_with_tile(problem, device, rank, tile, int(splits), packed)
                     else:
                         plan = _core.plan_with_tile(problem, device, tile, int(splits))
                 except (KeyError, ValueError):  # tiles and splits that are gone
