@@ -186,7 +186,7 @@ struct LowRankPlaces : DecodePlaces<kTile, kMode, true> {
   // One thread's: barriers, and the first rows of `up`.
   __device__ __forceinline__ void begin() const {
     ptx::mbarrier_init(up_full(), 1);
-    ptx::mbarrier_init(projected_full(), 1);
+    ptx::mbarrier_init(projected_full(), format::kLanes);
     ptx::mbarrier_init_fence();
     ask_up(this->first_tile());
   }
@@ -259,8 +259,7 @@ struct LowRankReceiver : LowRankPlaces<kTile, kMode> {
       __syncwarp();
       if (__all_sync(~0u, at == before)) __nanosleep(kPollNs);
     }
-    __syncwarp();  // all lanes' stores
-    if (lane == 0) ptx::mbarrier_arrive(this->projected_full());
+    ptx::mbarrier_arrive(this->projected_full());
   }
   // Whether a packet of every group is there: then the others are, or almost.
   __device__ __forceinline__ bool sent(int lane) const {
