@@ -1,17 +1,17 @@
 // The low-rank correction inside the decode kernel: out += (acts * down^T) * up^T, for few tokens (plan/low_rank.h).
 //
-//   project  blocks in front of the grid: 8 tokens x 8 ranks x a share of k each, dense MMAs, operands straight from L2 into registers. Their
-//            sums go to the block of the last share, which adds them in the order of the shares; t leaves it in packets of four values and a tag
-//   receive  in the others, the warp that loads, once it has asked for all of its first output tile, looks for the packets and puts t into
-//            shared memory
+//   project  blocks in front of the grid: 8 tokens x 8 ranks x a share of k each, dense MMAs, operands straight from L2 into registers. Sums
+//            leave in packets of two values and a tag
+//   receive  in the others, the warp that loads, once it has asked for all of its first output tile, waits for one packet of each of them and
+//            copies all into shared memory; those that come later are looked for again
 //   expand   at the end of an output tile each warp adds its part of up * t to its sums, as if k were longer: dense MMAs, or, where `up`
 //            is packed, sparse ones like those of the weight, a step of 32 columns a warp
 //
 // All of it runs once in a block, from an instruction cache that has none of it: short code is fast code, so loops of receive
 // and expand are not unrolled, other than over registers.
 //
-// A packet's tag is the launch's random token. Who has read it last clears it, so that a launch with the same token, of a graph's next
-// replay, finds none. A block waits for blocks of lower number alone, which start before it: however few run at once, those
+// A packet's tag is the launch's random token. The last block that has all packets clears them, so that a launch with the same token, of a
+// graph's next replay, finds none. A block waits for blocks of lower number alone, which start before it: however few run at once, those
 // it waits for do.
 #pragma once
 #include "device/mainloop_decode.cuh"
@@ -65,7 +65,7 @@ struct LowRankProject {
       ptx::prefetch_l2(static_cast<const char*>(args.low.down) + (rank0 + lane) * row_bytes() + first * kUnitBytes,
                        (last - first) * kUnitBytes);
     begin();  // the workspace, too, may still be in use by the kernel before
-    // Before this block's packets, which come after a barrier: who counts has t, so it counts from 0.
+    // Before this block's packets, which come after a barrier: who counts has all packets, so it counts from 0.
     if (blockIdx.x == 0 && lane == 0) {
       *args.low.readers = 0;
       __threadfence();
@@ -120,51 +120,18 @@ struct LowRankProject {
     sums[warp * format::kLanes + lane] = {d[0][0] + d[1][0], d[0][1] + d[1][1]};
   }
 
-  // The warps' sums in their order, of tokens x ranks (g, 2c) and (g, 2c + 1): to the block of the last share, which publishes the total.
+  // The warps' sums in their order, of tokens x ranks (g, 2c) and (g, 2c + 1).
   __device__ __forceinline__ void publish(int lane) const {
-    const LowRankArgs& low = args.low;
     float2 v = sums[lane];
 #pragma unroll
-    for (int i = 1; i < kWarps; ++i) v = add(v, sums[i * format::kLanes + lane]);
+    for (int i = 1; i < kWarps; ++i) {
+      const float2 u = sums[i * format::kLanes + lane];
+      v = {v.x + u.x, v.y + u.y};
+    }
     const int token = token0 + lane / format::kLanesPerRow, rank = rank0 + 2 * (lane % format::kLanesPerRow);
-    const bool exists = token < args.gemm.m;
-    const int share_packets = args.gemm.m * low.rank / kSumRanks;
-    ptx::Packet* of_sum = low.packets + low.num_packets + (token * low.rank + rank) / kSumRanks;
-    const int last = (1 << low.shares_log2) - 1;
-    if (share < last) {
-      if (exists)
-        ptx::packet_store(of_sum + share * share_packets, {__float_as_uint(v.x), __float_as_uint(v.y)}, low.token);
-      return;
-    }
-    if (exists && last > 0) v = add(others(of_sum, share_packets, last), v);
-    const uint32_t mine = Pair<Act>::of(v.x, v.y);
-    const uint32_t right = __shfl_down_sync(~0u, mine, 1);
-    if (exists && lane % 2 == 0)
-      ptx::packet_store(low.packets + (token * low.rank + rank) / kPacketRanks, {mine, right}, low.token);
-  }
-  static __device__ __forceinline__ float2 add(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
-  // The sum of the other shares' sums, in their order. Nobody else reads these packets.
-  __device__ __forceinline__ float2 others(ptx::Packet* of_sum, int share_packets, int count) const {
-    constexpr int kMost = kMostShares - 1;
-    ptx::Packet found[kMost];
-    bool all;
-    do {
-      all = true;
-#pragma unroll
-      for (int i = 0; i < kMost; ++i)
-        if (i < count) found[i] = ptx::packet_load(of_sum + i * share_packets);
-#pragma unroll
-      for (int i = 0; i < kMost; ++i)
-        if (i < count) all &= found[i].tag == args.low.token;
-    } while (!all);
-    float2 v = {};
-#pragma unroll
-    for (int i = 0; i < kMost; ++i) {
-      if (i >= count) break;
-      v = add(v, {__uint_as_float(found[i].values.x), __uint_as_float(found[i].values.y)});
-      ptx::packet_store(of_sum + i * share_packets, {}, 0);
-    }
-    return v;
+    if (token < args.gemm.m)
+      ptx::packet_store(args.low.packets + ((share * args.gemm.m + token) * args.low.rank + rank) / kPacketRanks,
+                        {__float_as_uint(v.x), __float_as_uint(v.y)}, args.low.token);
   }
 };
 
@@ -175,18 +142,22 @@ struct LowRankPlaces : DecodePlaces<kTile, kMode, true> {
   using Base::args;
   using Base::smem;
 
+  static constexpr int kAdded = 5;  // barrier: the packets have been added up
+
   // The first block of a cluster adds the correction for all of it.
   static __device__ __forceinline__ bool corrects() { return ptx::cluster_block() == 0; }
 
   __device__ __forceinline__ uint32_t up() const { return smem + args.smem.up; }
   __device__ __forceinline__ uint32_t projected() const { return smem + args.smem.projected; }
   __device__ __forceinline__ uint32_t up_full() const { return smem + args.smem.up_full; }
-  __device__ __forceinline__ uint32_t projected_full() const { return smem + args.smem.projected_full; }
+  // The packets lie where the warps' sums will be: they are added up before.
+  __device__ __forceinline__ uint32_t packets() const { return smem + args.smem.exchange; }
+  __device__ __forceinline__ uint32_t packets_full() const { return smem + args.smem.packets_full; }
 
   // One thread's: barriers, and the first rows of `up`.
   __device__ __forceinline__ void begin() const {
     ptx::mbarrier_init(up_full(), 1);
-    ptx::mbarrier_init(projected_full(), format::kLanes);
+    ptx::mbarrier_init(packets_full(), 1);
     ptx::mbarrier_init_fence();
     ask_up(this->first_tile());
   }
@@ -238,63 +209,43 @@ struct LowRankReceiver : LowRankPlaces<kTile, kMode> {
   using Loader = DecodeLoader<kTile, kMode, true>;
 
   static constexpr unsigned kPollNs = 100;
-  static constexpr int kAtOnce = 4;  // packets that a lane takes
 
-  // t into shared memory. Goes on asking for chunks meanwhile, where `asks`.
+  // All packets into shared memory. Goes on asking for chunks meanwhile, where `asks`.
   __device__ __forceinline__ void run(const Loader& loader, typename Loader::State& asked, bool asks, int lane) const {
-    const LowRankArgs& low = args.low;
     // t is not needed before the tile's end
     if (asks) loader.run_tile(asked);
     __syncwarp();
-    // Hundreds of blocks look at the same bytes, which keeps weights from coming: at no more than a packet a lane, and not all the time.
-    bool there = low.num_packets <= format::kLanes;
-    int at = lane;  // this lane's next packet
-#pragma unroll 1
-    while (true) {
-      const int before = at;
-      there = there || sent(lane);
-      if (there) take(at);
-      if (__all_sync(~0u, at >= low.num_packets)) break;
+    while (!all_sent(lane)) {
       if (asks) loader.ask_where_free(asked);
       __syncwarp();
-      if (__all_sync(~0u, at == before)) __nanosleep(kPollNs);
+      __nanosleep(kPollNs);  // who looks all the time keeps weights from coming
     }
-    ptx::mbarrier_arrive(this->projected_full());
+    if (!asks) return;
+    const int bytes = args.low.num_packets * kPacketBytes;
+    ptx::fence_async_global();
+    ptx::mbarrier_arrive_expect(this->packets_full(), bytes);
+    ptx::bulk_load(this->packets(), args.low.packets, bytes, this->packets_full());
   }
-  // Whether a packet of every group is there: then the others are, or almost.
-  __device__ __forceinline__ bool sent(int lane) const {
+  // Whether a packet of every block that projects is there: then the others will be, or almost.
+  __device__ __forceinline__ bool all_sent(int lane) const {
     const LowRankArgs& low = args.low;
-    bool all = true;
+    bool sent = true;
 #pragma unroll 1
-    for (int i = lane; i < low.groups; i += format::kLanes) {
-      const int token_block = divide(i, low.rank_blocks_inverse);
-      const int at = token_block * kMmaTokens * low.rank + i * kProjectRanks - token_block * low.rank;
-      all &= ptx::packet_load(low.packets + at / kPacketRanks).tag == low.token;
+    for (int i = lane; i < low.senders; i += format::kLanes) {
+      const int group = i >> low.shares_log2, share = i & ((1 << low.shares_log2) - 1);
+      const int token_block = divide(group, low.rank_blocks_inverse);
+      const int token = token_block * kMmaTokens, rank = group * kProjectRanks - token_block * low.rank;
+      sent &= ptx::packet_load(low.packets + ((share * args.gemm.m + token) * low.rank + rank) / kPacketRanks).tag ==
+              low.token;
     }
-    return __all_sync(~0u, all);
-  }
-  // A lane's next packets, as far as they are there.
-  __device__ __forceinline__ void take(int& at) const {
-    const LowRankArgs& low = args.low;
-    ptx::Packet packets[kAtOnce];
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j)
-      if (at + j * format::kLanes < low.num_packets)
-        packets[j] = ptx::packet_load(low.packets + at + j * format::kLanes);
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      if (at >= low.num_packets || packets[j].tag != low.token) return;
-      // a row of `projected` is longer by its padding
-      const int to = at * kPacketRanks + divide(at, low.packets_inverse) * (projected_pitch(low.rank) - low.rank);
-      ptx::store_shared_v2(this->projected() + to * kActBytes, packets[j].values);
-      at += format::kLanes;
-    }
+    return __all_sync(~0u, sent);
   }
 
-  // The last block that has t clears its packets.
+  // The last block that has all packets clears them.
   __device__ __forceinline__ void done(int lane) const {
     const LowRankArgs& low = args.low;
     bool last = false;
+    ptx::named_barrier(Base::kAdded, kTile.threads());
     if (lane == 0) {
       __threadfence();  // the reads of this block are over before another one clears
       last = atomicAdd(low.readers, 1u) == static_cast<uint32_t>(low.num_readers) - 1;
@@ -311,6 +262,7 @@ struct LowRankExpand : LowRankPlaces<kTile, kMode> {
   using Base = LowRankPlaces<kTile, kMode>;
   using Base::args;
   using Sums = typename Warp::Sums;
+  static constexpr int kBarrier = 1;  // the epilogue's
 
   // Channel scales belong to the weights alone, so here they come first.
   __device__ __forceinline__ void scale(Sums& sums, const Warp& warp, int tile_n) const {
@@ -333,6 +285,40 @@ struct LowRankExpand : LowRankPlaces<kTile, kMode> {
   }
   static __device__ __forceinline__ uint32_t bits_of(const Act* v) { return *reinterpret_cast<const uint16_t*>(v); }
 
+  // t = the sum of its shares, rounded as a dense product's result, by all warps that compute.
+  __device__ __forceinline__ void add_shares() const {
+    constexpr int kThreads = kTile.warps() * format::kLanes;
+    const LowRankArgs& low = args.low;
+    const int count = low.num_packets >> low.shares_log2;
+    ptx::mbarrier_wait(this->packets_full(), 0);
+    int first = threadIdx.x;
+    asm volatile("" : "+r"(first));  // as below
+#pragma unroll 1
+    for (int i = first; i < count; i += kThreads) {
+      float2 sum = {};
+#pragma unroll 4
+      for (int at = i; at < low.num_packets; at += count) {
+        const uint4 packet = ptx::load_shared_v4(this->packets() + at * kPacketBytes);
+        uint2 v = {packet.x, packet.y};
+        if ((uint64_t{packet.w} << 32 | packet.z) != low.token) v = find(at);
+        sum = {sum.x + __uint_as_float(v.x), sum.y + __uint_as_float(v.y)};
+      }
+      const int token = divide(i, low.pairs_inverse);
+      // a row of `projected` is longer by its padding
+      const int to = i * kPacketRanks + token * (projected_pitch(low.rank) - low.rank);
+      ptx::store_shared_32(this->projected() + to * kActBytes, Pair<Act>::of(sum.x, sum.y));
+    }
+    ptx::named_barrier(kBarrier, kThreads);
+    ptx::named_barrier_arrive(Base::kAdded, kTile.threads());
+  }
+  // A packet that was not there yet when they were copied.
+  __device__ __forceinline__ uint2 find(int at) const {
+    ptx::Packet packet;
+    do {
+      packet = ptx::packet_load(args.low.packets + at);
+    } while (packet.tag != args.low.token);
+    return packet.values;
+  }
   // Two neighbouring ranks of a token.
   __device__ __forceinline__ uint32_t projected_pair(int token, int rank) const {
     return ptx::load_shared_32(this->projected() + (token * projected_pitch(args.low.rank) + rank) * kActBytes);
@@ -343,7 +329,7 @@ struct LowRankExpand : LowRankPlaces<kTile, kMode> {
     if (kMode == ScaleMode::kNone) scale(sums, warp, work.tile_n);
     const int ranks = args.low.rank;
     if (!this->corrects()) return;
-    ptx::mbarrier_wait(this->projected_full(), 0);
+    if (turn == 0) add_shares();
     if constexpr (kMode != ScaleMode::kNone) {
       if (this->packed()) {
         add_packed(sums, warp, work, turn);
