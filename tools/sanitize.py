@@ -2,6 +2,7 @@
 
     python tools/sanitize.py                          # all four tools at once
     python tools/sanitize.py racecheck                # one of them; the others' records stay
+    python tools/sanitize.py --only corrections       # a kind of launches alone, for a first look; recorded nowhere
 
 What they run is tools/sanitize_launches.py. A warning is a failure, too. Fails without a GPU. COMPUTE_SANITIZER names
 the program where it is not on the path.
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 from commit import ROOT, commit
-from sanitize_launches import FEW_BLOCKS, WITHOUT_STREAM_K
+from sanitize_launches import FEW_BLOCKS, ONLY, WITHOUT_STREAM_K
 
 import sparse_marlin
 
@@ -44,10 +45,10 @@ REPORTED = 9  # exit status of a tool that has found something, a warning, too
 SUMMARY = re.compile(r"=+ (?:ERROR SUMMARY|RACECHECK SUMMARY): (.*)")
 
 
-def check(sanitizer: str, tool: str) -> dict[str, Any]:
+def check(sanitizer: str, tool: str, only: list[str]) -> dict[str, Any]:
     options = [*TOOLS[tool], "--print-limit", "20", "--error-exitcode", str(REPORTED)]
     start = time.monotonic()
-    command = [sanitizer, "--tool", tool, *options, sys.executable, str(LAUNCHES), *LEFT_OUT.get(tool, [])]
+    command = [sanitizer, "--tool", tool, *options, sys.executable, str(LAUNCHES), *LEFT_OUT.get(tool, []), *only]
     parts = PARTS.get(tool, 1)
     with ThreadPoolExecutor(parts) as pool:
         runs = list(pool.map(lambda part: run_part([*command, "--part", f"{part}/{parts}"]), range(parts)))
@@ -97,6 +98,7 @@ def version(sanitizer: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tools", nargs="*", help=f"{', '.join(TOOLS)}; all where none is named")
+    parser.add_argument(ONLY, metavar="KIND", help="launches of this kind alone; leaves the record as it is")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("make sanitize: expected a CUDA device, found none", file=sys.stderr)
@@ -109,16 +111,21 @@ def main() -> int:
     if unknown := set(tools) - set(TOOLS):
         parser.error(f"expected tools of {', '.join(TOOLS)}, got {', '.join(unknown)}")
     with ThreadPoolExecutor(len(tools)) as pool:
-        runs = [pool.submit(check, sanitizer, tool) for tool in tools]
-        checks = [recorded(shown(run.result()), sanitizer) for run in as_completed(runs)]
+        only = [ONLY, args.only] if args.only else []
+        runs = [pool.submit(check, sanitizer, tool, only) for tool in tools]
+        checks = []
+        for run in as_completed(runs):
+            checks.append(shown(run.result()))
+            if not only:
+                record(checks[-1], sanitizer)
     return 0 if all(clean(c) for c in checks) else 1
 
 
-def recorded(done: dict[str, Any], sanitizer: str) -> dict[str, Any]:
+def record(done: dict[str, Any], sanitizer: str) -> None:
     """At once, beside the other tools' last records: not all need to end."""
     before = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
     kept = [c for c in before.get("checks", []) if c["tool"] != done["tool"]]
-    record = {
+    together = {
         "device": torch.cuda.get_device_name(),
         "compute_sanitizer": version(sanitizer),
         "torch": torch.__version__,
@@ -127,8 +134,7 @@ def recorded(done: dict[str, Any], sanitizer: str) -> dict[str, Any]:
         "checks": [*kept, {"commit": commit(), **done}],
     }
     RECORD.parent.mkdir(parents=True, exist_ok=True)
-    RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return done
+    RECORD.write_text(json.dumps(together, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     compute-sanitizer python tools/sanitize_launches.py               # all of it
     compute-sanitizer python tools/sanitize_launches.py --part 0/4    # a quarter of it
+    compute-sanitizer python tools/sanitize_launches.py --only corrections
 
 Prints the number of launches as JSON, and on stderr what it is at, so that a slow launch or one that hangs has a name.
 """
@@ -27,6 +28,7 @@ WITHOUT_STREAM_K = "--without-stream-k"
 # alone, of which few blocks show as much. And under it a cluster of blocks with idle warps (csrc/launch/spread.h) never
 # ends; without dependent launch there are none.
 FEW_BLOCKS = "--few-blocks"
+ONLY = "--only"
 WAYS_AT_ONCE = 4  # of one problem, so that parts are of about the same size
 
 Job = tuple[str, str, Callable[[], int]]  # kind of launch, what it is, returns the number of launches
@@ -180,11 +182,12 @@ def correct(size: tuple[int, int, int, int], dtype: torch.dtype, packed_up: bool
 
 def corrections(few_blocks: bool) -> Iterator[Job]:
     """Low-rank corrections: every tile that adds one, with and without a split, ragged ranks and edges, more output
-    tiles than blocks, a dense factor and a packed one, every kernel that projects. The workspace, which the decode
-    kernel reads to see whether something has come, is filled before."""
+    tiles than blocks, k projected in shares, a dense factor and a packed one, every kernel that projects. The
+    workspace, which the decode kernel reads to see whether something has come, is filled before."""
     dense = ((3, 200, 320, 24), (11, 72, 640, 72), (9, 140 * 128 + 8, 192, 16))
     packed = ((5, 200, 320, 24, torch.float16), (20, 72, 640, 72, torch.float16), (70, 136, 520, 16, torch.bfloat16))
     jobs = [(size, dtype, False) for size in dense[: 2 if few_blocks else 3] for dtype in (torch.half, torch.bfloat16)]
+    jobs.append(((11, 72, 4672, 8), torch.half, False))  # shares of k, by few blocks
     jobs += [(size, dtype, True) for *size, dtype in packed]
     for size, dtype, packed_up in jobs:
         m, n, k, rank = size
@@ -205,6 +208,7 @@ def main() -> None:
     parser.add_argument(WITHOUT_STREAM_K, action="store_true", help="all but these")
     parser.add_argument(FEW_BLOCKS, action="store_true", help="no stream-K, and few of the larger launches")
     parser.add_argument("--part", default="0/1", metavar="I/N", help="every Nth of the launches, from number I on")
+    parser.add_argument(ONLY, metavar="KIND", help="launches of this kind alone")
     args = parser.parse_args()
     part, parts = (int(number) for number in args.part.split("/"))
     jobs: list[Job] = [
@@ -213,6 +217,10 @@ def main() -> None:
         ("packings and unpackings", "", pack_kernels),
         ("imports and exports", "", legacy_kernels),
     ]
+    kinds = list(dict.fromkeys(kind for kind, _, _ in jobs))
+    if args.only is not None and args.only not in kinds:
+        parser.error(f"{ONLY}: expected one of {', '.join(kinds)}, got {args.only}")
+    jobs = [job for job in jobs if args.only in (None, job[0])]
     counts = dict.fromkeys((kind for kind, _, _ in jobs), 0)
     for kind, what, run in jobs[part::parts]:
         print(f"{kind} {what}", end=" ", file=sys.stderr, flush=True)
