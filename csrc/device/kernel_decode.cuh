@@ -36,9 +36,8 @@ __global__ void __maxnreg__(max_registers(kTilesDecode[kTileIndex], kBits, kMode
   const uint32_t unaligned = ptx::smem_address(shared);
   const uint32_t smem = (unaligned + kSwizzleAlign - 1) & ~uint32_t{kSwizzleAlign - 1};
   if constexpr (kLowRank) {
-    const int projects = static_cast<int>(blockIdx.x) - (args.low.first_cluster == 0 ? args.low.step : 0);
-    if (projects >= 0 && projects < args.low.lead) {
-      LowRankProject<Act, kTile>::run(args, projects, shared);
+    if (static_cast<int>(blockIdx.x) < args.low.lead) {
+      LowRankProject<Act, kTile>::run(args, shared);
       return;
     }
   }
@@ -76,9 +75,6 @@ __global__ void __maxnreg__(max_registers(kTilesDecode[kTileIndex], kBits, kMode
     __syncwarp();
     ptx::named_barrier_arrive(kStart, kThreads);
     if (asks) loader.begin(asked);
-    if constexpr (kLowRank) {
-      if (asks && blockIdx.x == 0) LowRankCount{args.low}.begin();
-    }
     __syncwarp();
     ptx::named_barrier(kReady, kThreads);
   } else {
@@ -93,11 +89,12 @@ __global__ void __maxnreg__(max_registers(kTilesDecode[kTileIndex], kBits, kMode
   if (loads) {
     if constexpr (kLowRank) {
       if (LowRankPlaces<kTile, kMode>::corrects()) {
-        LowRankReceiver<Act, kTile, kMode>{{{args, smem}}}.run(loader, asked, asks, lane);
+        const LowRankReceiver<kTile, kMode> receiver{{{args, smem}}};
+        receiver.run(loader, asked, asks, lane);
         __syncwarp();
         if (asks) loader.run(asked);
         if (asks) loader.ask_next();
-        LowRankCount{args.low}.done(LowRankProject<Act, kTile>{args}.readers(), lane);
+        receiver.done(lane);
         return;
       }
     }

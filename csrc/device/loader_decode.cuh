@@ -37,7 +37,7 @@ struct DecodePlaces {
   // cluster of its own, and walks over output tiles.
   __device__ __forceinline__ int first_tile() const {
     const int cluster = args.start.splits == 1 ? static_cast<int>(blockIdx.x) : ptx::cluster_id();
-    if constexpr (kLowRank) return cluster - args.low.first_cluster;
+    if constexpr (kLowRank) return cluster - args.low.lead_clusters;
     return cluster;
   }
   // From one output tile of a block to its next.
@@ -157,10 +157,9 @@ struct DecodeLoader : DecodePlaces<kTile, kMode, kLowRank> {
   // multiplication asks, which may have norms or attention before it.
   __device__ __forceinline__ void ask_next() const {
     constexpr uint32_t kPiece = 4 << 10;
-    const uint32_t step = this->step() * kPiece;
-    const uint32_t first = kLowRank && args.low.first_cluster > 0 ? args.low.lead : 0;
+    const uint32_t lead = kLowRank ? args.low.lead : 0, step = (gridDim.x - lead) * kPiece;
 #pragma unroll 1
-    for (uint32_t at = (blockIdx.x - first) * kPiece; at < args.next.bytes; at += step)
+    for (uint32_t at = (blockIdx.x - lead) * kPiece; at < args.next.bytes; at += step)
       ptx::bulk_prefetch(args.next.start + at, min(kPiece, args.next.bytes - at));
   }
 };

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <bit>
 
 #include "device/scheduler.cuh"
 #include "launch/dependent_launch.cuh"
@@ -63,15 +62,15 @@ device::LowRankArgs low_rank_args(const Problem& problem, const Plan& plan, cons
   low.packets = reinterpret_cast<ptx::Packet*>(base + kWorkspaceAlign);
   low.token = launch_token();
   low.rank = plan.rank;
-  low.shares_log2 = std::countr_zero(static_cast<unsigned>(plan.shares));
-  low.num_packets = num_packets(problem.m, plan.rank);
-  low.groups = project_groups(problem.m, plan.rank);
+  low.shares_log2 = project_shares_log2(problem.m, problem.k, plan.rank);
+  low.senders = project_blocks(problem.m, problem.k, plan.rank);
+  low.num_packets = num_packets(problem.m, problem.k, plan.rank);
   low.rank_blocks_inverse = device::inverse(plan.rank / kProjectRanks);
-  low.packets_inverse = device::inverse(plan.rank / kPacketRanks);
+  low.pairs_inverse = device::inverse(plan.rank / kPacketRanks);
   low.lead = plan.lead;
-  low.first_cluster = plan.behind ? 0 : plan.lead / plan.splits;
+  low.lead_clusters = plan.lead / plan.splits;
   low.step = static_cast<int>(plan.grid) - plan.lead;
-  low.down_piece = static_cast<uint32_t>(round_up(plan.rank * problem.k * kActBytes / low.step + 1, kCopyBytes));
+  low.num_readers = low.step / plan.splits;
   if (plan.tail > 0) {
     low.tail = plan.tail;
     low.slice_bytes = format::slice_bytes(problem.num_bits);
