@@ -37,12 +37,11 @@ ROTATED_BYTES = 150e6
 
 
 def without_dependent_launch(layer: SparseMarlinLinear, x: torch.Tensor, plan: _core.Plan) -> torch.Tensor:
-    """What the layer's forward does, by a plan that may have a correction or leave it to two products."""
+    """What the layer's forward does; its plan has the correction, as every one of a packed factor does."""
     weights = x, layer.weight_packed, layer.scales
     how = layer.group_size, layer.num_bits, None, plan.tile, plan.splits
-    if plan.rank == 0:
-        out = torch.ops.sparse_marlin._sparse_marlin_gemm_tile(*weights, *how, dependent=False)
-        return out if layer.rank == 0 else out.addmm_(x @ layer.correction_down.t(), layer.correction_up.t())
+    if layer.rank == 0:
+        return torch.ops.sparse_marlin._sparse_marlin_gemm_tile(*weights, *how, dependent=False)
     return torch.ops.sparse_marlin._sparse_marlin_gemm_low_rank_by(
         *weights,
         layer.correction_down,
@@ -61,6 +60,8 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="without dependent launch")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.plain and options.dense:
+        parser.error("--plain: expected no --dense, whose correction may be two products behind the launch")
     rows = []
     gpu = planner_device()
     for name, (n, k) in SHAPES.items():

@@ -56,7 +56,7 @@ def check(sanitizer: str, tool: str, only: list[str]) -> dict[str, Any]:
     summaries = []
     for run in runs:
         summaries += SUMMARY.findall(run.stdout + run.stderr)[-1:] or ["none"]
-        launched = re.search(r"\{\"multiplications[^}]*\}", run.stdout)  # reports of faults hold braces, too
+        launched = re.search(r"^\{\"[^{}]*\}$", run.stdout, re.MULTILINE)  # reports of faults hold braces, too
         launches.update(json.loads(launched.group()) if launched else {})
     return {
         "tool": tool,
