@@ -1,4 +1,4 @@
-// 64 random bits, others for every launch: what blocks of a grid write to say that data is there (device/ptx/flag.cuh).
+// 64 random bits, others for every launch: what blocks of a grid write to say that data is there (device/ptx/flag.cuh, device/ptx/packet.cuh).
 #pragma once
 #include <cstdint>
 #include <random>
