@@ -6,6 +6,7 @@ Arguments go to pytest.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,8 +25,10 @@ RECORD = ROOT / "benchmarks" / "results" / "gpu_tests.json"
 def outcomes(junit: Path) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     skipped: Counter[str] = Counter()
+    seconds: Counter[str] = Counter()
     failures = []
     for case in ElementTree.parse(junit).iter("testcase"):
+        seconds[f"{case.get('classname')}::{case.get('name')}"] = round(float(case.get("time", 0)), 1)
         kinds = {child.tag: child for child in case}
         kind = next((k for k in ("error", "failure", "skipped") if k in kinds), "passed")
         counts[kind] += 1
@@ -40,6 +43,7 @@ def outcomes(junit: Path) -> dict[str, Any]:
         "skipped": counts["skipped"],
         "skip_reasons": dict(skipped),
         "failures": failures,
+        "slowest": dict(seconds.most_common(20)),  # seconds
     }
 
 
@@ -52,6 +56,8 @@ def main() -> int:
         junit = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", f"--junitxml={junit}", "-q", *sys.argv[1:]]
         environment = {**os.environ, "SPARSE_MARLIN_REQUIRE_GPU": "1"}
+        # who ends this ends pytest, too: left alone, it would go on using the GPU
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
         if not junit.exists():
             return status or 1
