@@ -90,11 +90,12 @@ __global__ void __maxnreg__(max_registers(kTilesDecode[kTileIndex], kBits, kMode
     if constexpr (kLowRank) {
       if (LowRankPlaces<kTile, kMode>::corrects()) {
         const LowRankReceiver<kTile, kMode> receiver{{{args, smem}}};
-        receiver.run(loader, asked, asks, lane);
+        const int before = receiver.run(loader, asked, asks, lane);
         __syncwarp();
         if (asks) loader.run(asked);
         if (asks) loader.ask_next();
-        receiver.done(lane);
+        __syncwarp();
+        LowRankCount{args.low}.clear_if_last(before, lane);
         return;
       }
     }

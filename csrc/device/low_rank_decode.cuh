@@ -85,15 +85,18 @@ struct LowRankReceiver : LowRankPlaces<kTile, kMode> {
   static constexpr unsigned kPollNs = 100;
   static constexpr int kAtOnce = 4;  // packets that a lane takes
 
-  // t into shared memory. Goes on asking for chunks meanwhile, where `asks`.
-  __device__ __forceinline__ void run(const Loader& loader, typename Loader::State& asked, bool asks, int lane) const {
+  // t into shared memory. Goes on asking for chunks meanwhile, where `asks`. For lane 0 how many blocks had it before, which takes a while to come.
+  __device__ __forceinline__ int run(const Loader& loader, typename Loader::State& asked, bool asks, int lane) const {
     // t is not needed before the tile's end
     if (asks) loader.run_tile(asked);
     __syncwarp();
+    const LowRankCount count{args.low};
+    bool begun;
     int at = lane;  // this lane's next packet
 #pragma unroll 1
     while (true) {
       const int before = at;
+      begun = count.has_begun();
       take(at);
       if (__all_sync(~0u, at >= args.low.num_packets)) break;
       if (asks) loader.ask_where_free(asked);
@@ -102,6 +105,9 @@ struct LowRankReceiver : LowRankPlaces<kTile, kMode> {
       if (__all_sync(~0u, at == before)) __nanosleep(kPollNs);
     }
     ptx::mbarrier_arrive(this->projected_full());
+    if (lane > 0) return 0;
+    while (!begun) begun = count.has_begun();
+    return count.add();
   }
   // A lane's next packets, as far as they are there.
   __device__ __forceinline__ void take(int& at) const {
@@ -119,19 +125,6 @@ struct LowRankReceiver : LowRankPlaces<kTile, kMode> {
       ptx::store_shared_v2(this->projected() + to * kActBytes, packets[j].values);
       at += format::kLanes;
     }
-  }
-
-  // The last block that has t clears its packets.
-  __device__ __forceinline__ void done(int lane) const {
-    const LowRankArgs& low = args.low;
-    bool last = false;
-    if (lane == 0) {
-      __threadfence();  // the reads of this block are over before another one clears
-      last = atomicAdd(low.readers, 1u) == static_cast<uint32_t>(low.num_readers) - 1;
-    }
-    if (!__shfl_sync(~0u, last, 0)) return;
-#pragma unroll 1
-    for (int i = lane; i < low.num_packets; i += format::kLanes) ptx::packet_store(low.packets + i, {}, 0);
   }
 };
 

@@ -2,7 +2,7 @@
 // x 8 ranks x a share of k each: dense MMAs, operands straight from L2 into registers. Their sums go to the block of the last share, which
 // adds them in the order of the shares; t leaves it in packets of four values and a tag.
 //
-// A packet's tag is the launch's random token. Who has read it last clears it, so that a launch with the same token, of a graph's next
+// A packet's tag is the launch's random token. The block that has read it last clears it, so that a launch with the same token, of a graph's next
 // replay, finds none. A block waits for blocks of lower number alone, which start before it: however few run at once, those
 // it waits for do.
 #pragma once
@@ -13,11 +13,37 @@
 
 namespace sparse_marlin::device {
 
+// Blocks that have t: the last one clears its packets. A fence takes as long as a way to memory and back, so neither t nor the end of the launch
+// waits for one: whoever counts has seen that the counter was cleared, and has the values of its packets.
+struct LowRankCount {
+  const LowRankArgs& low;
+
+  // In the workspace, behind the counter: it counts from 0.
+  __device__ __forceinline__ ptx::Packet* begun() const { return reinterpret_cast<ptx::Packet*>(low.readers) + 1; }
+  // One thread's, after the wait for the kernel before.
+  __device__ __forceinline__ void begin() const {
+    *low.readers = 0;
+    __threadfence();
+    ptx::packet_store(begun(), {}, low.token);
+  }
+  __device__ __forceinline__ bool has_begun() const { return ptx::packet_load(begun()).tag == low.token; }
+  // One thread's. How many blocks came before.
+  __device__ __forceinline__ int add() const { return static_cast<int>(atomicAdd(low.readers, 1u)); }
+  // A warp's; before: lane 0 has it.
+  __device__ __forceinline__ void clear_if_last(int before, int lane) const {
+    if (__shfl_sync(~0u, before, 0) != low.num_readers - 1) return;
+#pragma unroll 1
+    for (int i = lane; i < low.num_packets; i += format::kLanes) ptx::packet_store(low.packets + i, {}, 0);
+    if (lane == 0) ptx::packet_store(begun(), {}, 0);
+  }
+};
+
 template <typename Act, TileDecode kTile>
 struct LowRankProject {
   // Units of columns that a warp loads at once, as many as the registers hold.
   static constexpr int kAtOnce = kTile.threads() * kTile.blocks > 640 ? 4 : 8;
   static constexpr int kSums = 4;
+  static constexpr int kProjected = 1;  // barrier: of the warps that project
   static constexpr int kWarps = kTile.warps();
   static constexpr int kUnitBytes = kProjectCols * kActBytes;
   static constexpr int kStep = kWarps * kUnitBytes;  // from a warp's unit to its next
@@ -45,10 +71,10 @@ struct LowRankProject {
     const int warp = threadIdx.x / format::kLanes, lane = threadIdx.x % format::kLanes;
     if (warp == kWarps) {
       mine.prepare(lane);
-    } else {
-      mine.project(warp, lane);
+      return;
     }
-    __syncthreads();
+    mine.project(warp, lane);
+    ptx::named_barrier(kProjected, kWarps * format::kLanes);
     if (warp == 0) mine.publish(lane);
   }
 
@@ -58,12 +84,7 @@ struct LowRankProject {
       ptx::prefetch_l2(static_cast<const char*>(args.low.down) + (rank0 + lane) * row_bytes() + first * kUnitBytes,
                        (last - first) * kUnitBytes);
     begin();  // the workspace, too, may still be in use by the kernel before
-    // Before this block's packets, which come after a barrier: who counts has t, so it counts from 0.
-    if (blockIdx.x == 0 && lane == 0) {
-      *args.low.readers = 0;
-      __threadfence();
-    }
-    __syncwarp();
+    if (blockIdx.x == 0 && lane == 0) LowRankCount{args.low}.begin();
   }
   static __device__ __forceinline__ void begin() {
     ptx::grid_dependency_wait();

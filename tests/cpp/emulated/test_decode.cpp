@@ -216,6 +216,9 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
   for (int i = 0; i < (kLowRank ? sum_packets(m, rank, shares) + args.low.num_packets : 0); ++i) {
     EXPECT_EQ(args.low.packets[i].tag, 0u) << "who launches again, as a graph does, must find no packet of this launch";
   }
+  if (kLowRank) {
+    EXPECT_EQ(device::LowRankCount{args.low}.begun()->tag, 0u) << "nor that the counter is clear";
+  }
 }
 
 template <typename Act, int kBits, int kTileIndex, bool kLowRank>
