@@ -1,4 +1,4 @@
-"""Times sparse_marlin_gemm on the CPU against torch's float32 linear on the same threads.
+"""Times sparse_marlin_gemm on the CPU against torch's linear of the same type on the same threads.
 
     python benchmarks/bench_cpu.py                      # the table, and JSON under benchmarks/results/
     python benchmarks/bench_cpu.py --threads 2 --num-bits 8
@@ -61,35 +61,38 @@ def measure(n: int, k: int, args: argparse.Namespace) -> list[dict[str, object]]
     codes = testing.random_codes(n, k, args.num_bits)
     scales = testing.random_scales(n, k, args.group_size, torch.float32)
     packed = sparse_marlin.pack_24_weights(codes, scales, args.group_size, args.num_bits)
-    dense = torch.randn(n, k)
+    weight = torch.randn(n, k)
+    dense = {dtype: weight.to(dtype) for dtype in DTYPES.values()}
     rows: list[dict[str, object]] = []
     for m in track(TOKENS, description=f"{n} x {k}", transient=True):
         acts = torch.randn(m, k)
-        contestants: dict[str, Callable[[], object]] = {
-            "torch_float32": lambda acts=acts: torch.nn.functional.linear(acts, dense)
-        }
+        contestants: dict[str, Callable[[], object]] = {}
         for name, dtype in DTYPES.items():
-            a, s = acts.to(dtype), scales.to(dtype)
+            a, s, w = acts.to(dtype), scales.to(dtype), dense[dtype]
+            contestants[f"torch_{name}"] = lambda a=a, w=w: torch.nn.functional.linear(a, w)
             contestants[name] = lambda a=a, s=s: sparse_marlin.sparse_marlin_gemm(
                 a, packed, s, args.group_size, args.num_bits
             )
         times = median_times(contestants, args.seconds)
-        base = times["torch_float32"]["median_ms"]
-        speedup = {name: base / times[name]["median_ms"] for name in DTYPES}
-        rows.append({"m": m, "n": n, "k": k, "times": times, "speedup_over_torch_float32": speedup})
+        speedup = {name: times[f"torch_{name}"]["median_ms"] / times[name]["median_ms"] for name in DTYPES}
+        rows.append({"m": m, "n": n, "k": k, "times": times, "speedup_over_torch": speedup})
     return rows
+
+
+def row_names() -> list[str]:
+    return [name for dtype in DTYPES for name in (f"torch_{dtype}", dtype)]
 
 
 def show(rows: list[dict], title: str) -> None:
     table = Table(title=title)
-    names = [f"{name} ms" for name in ("torch float32", *DTYPES)] + [f"{name} speedup" for name in DTYPES]
+    names = [f"{name} ms" for name in row_names()] + [f"{name} speedup" for name in DTYPES]
     for column in ("N", "K", "M", *names):
         table.add_column(column, justify="right")
     for row in rows:
-        times, speedup = row["times"], row["speedup_over_torch_float32"]
+        times, speedup = row["times"], row["speedup_over_torch"]
         table.add_row(
             *(str(row[key]) for key in ("n", "k", "m")),
-            *(f"{times[name]['median_ms']:.2f}" for name in ("torch_float32", *DTYPES)),
+            *(f"{times[name]['median_ms']:.2f}" for name in row_names()),
             *(f"{speedup[name]:.1f}x" for name in DTYPES),
         )
     Console().print(table)
@@ -122,7 +125,8 @@ def main() -> None:
     }
     show(rows, f"{report['cpu']}, {args.threads} threads, int{args.num_bits}, group size {args.group_size}")
     slug = "".join(c if c.isalnum() else "_" for c in cpu_model().lower())
-    path = args.output or RESULTS / f"cpu_{slug}_t{args.threads}_int{args.num_bits}.json"
+    isa = report["instruction_set"]
+    path = args.output or RESULTS / f"cpu_{slug}_{isa}_t{args.threads}_int{args.num_bits}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(f"wrote {path}")

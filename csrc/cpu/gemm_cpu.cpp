@@ -21,6 +21,7 @@ namespace sparse_marlin {
 namespace {
 
 using namespace format;
+using cpu::DecodedPairs;
 using cpu::DecodedSlice;
 using cpu::Kernels;
 
@@ -35,6 +36,7 @@ constexpr int64_t kTaskWork = 1 << 18;
 const Kernels& kernels_of(CpuIsa isa) {
 #if defined(SPARSE_MARLIN_X86)
   if (isa == CpuIsa::kBest) isa = cpu_isa_best();
+  if (isa == CpuIsa::kAvx512Bf16) return cpu::avx512_bf16_kernels();
   if (isa == CpuIsa::kAvx512) return cpu::avx512_kernels();
   if (isa == CpuIsa::kAvx2) return cpu::avx2_kernels();
 #endif
@@ -46,9 +48,16 @@ struct Pass {
   const Problem& problem;
   const GemmParams& params;
   const Kernels& kernels;
-  const float* acts;  // [col_tiles][tokens][kTileCols], zero in the padding
+  void* acts;  // [col_tiles][tokens][kTileCols], zero in the padding: float32, or in pairs bfloat16
   int64_t first_token;
   int64_t tokens;
+
+  // A single token waits for memory: it gains nothing.
+  bool in_pairs() const { return kernels.multiply_pairs != nullptr && problem.dtype == DType::kBFloat16 && tokens > 1; }
+  template <typename T>
+  T* acts_at(int64_t col_tile, int64_t token) const {
+    return static_cast<T*>(acts) + (col_tile * tokens + token) * kTileCols;
+  }
 };
 
 // The scales of one strip for the current column tile, in float32.
@@ -115,14 +124,18 @@ void multiply_strips(const Pass& pass, int64_t strip, int strips, int64_t token,
   for (int s = 0; s < strips; ++s) std::fill_n(sums[s], tokens * kSliceRows, 0.0f);
 
   DecodedSlice decoded;
+  DecodedPairs pairs;
   const uint32_t* tile_row = pass.params.weights + row / kTileRows * pass.params.weights_row_words;
   for (int64_t col_tile = 0; col_tile < cols; ++col_tile) {
-    const float* acts = pass.acts + (col_tile * pass.tokens + token) * kTileCols;
+    const float* acts = pass.acts_at<const float>(col_tile, token);
     for (int s = 0; s < strips; ++s) {
       const uint32_t* slice = tile_row + slice_offset_words(row + s * kSliceRows, col_tile * kTileCols, p.num_bits);
       const float* step_scales[kSliceSteps];
       scales[s].select(col_tile, step_scales);
-      if (tokens == 1) {
+      if (pass.in_pairs()) {
+        pass.kernels.decode_pairs(slice, p.num_bits, pairs);
+        pass.kernels.multiply_pairs(pairs, step_scales, pass.acts_at<const uint16_t>(col_tile, token), tokens, sums[s]);
+      } else if (tokens == 1) {
         pass.kernels.multiply_one(slice, p.num_bits, step_scales, acts, sums[s]);
       } else {
         pass.kernels.decode(slice, p.num_bits, step_scales, decoded);
@@ -133,9 +146,8 @@ void multiply_strips(const Pass& pass, int64_t strip, int strips, int64_t token,
   for (int s = 0; s < strips; ++s) write_strip(pass, row + s * kSliceRows, token, tokens, sums[s]);
 }
 
-// Activations of the pass to float32, a column tile's tokens side by side: rows a power of two apart would share cache
-// sets.
-void load_acts(const Pass& pass, const ParallelFor& parallel_for, float* acts) {
+// Activations of the pass, a column tile's tokens side by side: rows a power of two apart would share cache sets.
+void load_acts(const Pass& pass, const ParallelFor& parallel_for) {
   const Problem& p = pass.problem;
   const int64_t cols = col_tiles(p.k), grain = std::max<int64_t>(1, kTaskWork / (cols * kTileCols));
   parallel_for(pass.tokens, grain, [&](int64_t begin, int64_t end) {
@@ -143,8 +155,14 @@ void load_acts(const Pass& pass, const ParallelFor& parallel_for, float* acts) {
       const char* from =
           static_cast<const char*>(pass.params.acts) + (pass.first_token + token) * p.k * dtype_bytes(p.dtype);
       for (int64_t col_tile = 0; col_tile < cols; ++col_tile) {
-        float* to = acts + (col_tile * pass.tokens + token) * kTileCols;
         const int64_t col = col_tile * kTileCols, width = std::min<int64_t>(p.k - col, kTileCols);
+        if (pass.in_pairs()) {
+          auto* to = pass.acts_at<uint16_t>(col_tile, token);
+          std::copy_n(reinterpret_cast<const uint16_t*>(from) + col, width, to);
+          std::fill(to + width, to + kTileCols, uint16_t{0});
+          continue;
+        }
+        auto* to = pass.acts_at<float>(col_tile, token);
         pass.kernels.load(from + col * dtype_bytes(p.dtype), p.dtype, width, to);
         std::fill(to + width, to + kTileCols, 0.0f);
       }
@@ -185,15 +203,21 @@ bool cpu_isa_available(CpuIsa isa) {
 #if defined(SPARSE_MARLIN_X86)
     case CpuIsa::kAvx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     case CpuIsa::kAvx512: return cpu_isa_available(CpuIsa::kAvx2) && __builtin_cpu_supports("avx512f");
+    case CpuIsa::kAvx512Bf16:
+      return cpu_isa_available(CpuIsa::kAvx512) && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512bf16");
 #endif
     default: return false;
   }
 }
 
 CpuIsa cpu_isa_best() {
-  static const CpuIsa best = cpu_isa_available(CpuIsa::kAvx512) ? CpuIsa::kAvx512
-                             : cpu_isa_available(CpuIsa::kAvx2) ? CpuIsa::kAvx2
-                                                                : CpuIsa::kPortable;
+  static const CpuIsa best = [] {
+    for (CpuIsa isa : {CpuIsa::kAvx512Bf16, CpuIsa::kAvx512, CpuIsa::kAvx2}) {
+      if (cpu_isa_available(isa)) return isa;
+    }
+    return CpuIsa::kPortable;
+  }();
   return best;
 }
 
@@ -203,6 +227,7 @@ const char* cpu_isa_name(CpuIsa isa) {
     case CpuIsa::kPortable: return "portable";
     case CpuIsa::kAvx2: return "avx2";
     case CpuIsa::kAvx512: return "avx512";
+    case CpuIsa::kAvx512Bf16: return "avx512_bf16";
   }
   return "unknown";
 }
@@ -215,7 +240,7 @@ void gemm_cpu(const Problem& problem, const GemmParams& params, const ParallelFo
       std::make_unique_for_overwrite<float[]>(static_cast<size_t>(pass_tokens * col_tiles(problem.k) * kTileCols));
   for (int64_t token = 0; token < problem.m; token += pass_tokens) {
     const Pass pass{problem, params, kernels, acts.get(), token, std::min(pass_tokens, problem.m - token)};
-    load_acts(pass, parallel_for, acts.get());
+    load_acts(pass, parallel_for);
     run_pass(pass, parallel_for);
   }
 }

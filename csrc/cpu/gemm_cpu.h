@@ -14,13 +14,14 @@ using ParallelFor =
     std::function<void(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body)>;
 
 // Instruction sets the fast path can use; kBest asks the processor.
-enum class CpuIsa : int { kBest = 0, kPortable = 1, kAvx2 = 2, kAvx512 = 3 };
+enum class CpuIsa : int { kBest = 0, kPortable = 1, kAvx2 = 2, kAvx512 = 3, kAvx512Bf16 = 4 };
 bool cpu_isa_available(CpuIsa isa);
 CpuIsa cpu_isa_best();
 const char* cpu_isa_name(CpuIsa isa);
 
 // out = acts * weight^T + bias, float32 accumulation in a fixed order (the result does not depend on the number of
-// threads). params.workspace is not used.
+// threads). Where the processor multiplies bfloat16, several tokens of it do so: subnormal activations then count as zero.
+// params.workspace is not used.
 void gemm_cpu(const Problem& problem, const GemmParams& params, const ParallelFor& parallel_for,
               CpuIsa isa = CpuIsa::kBest);
 

@@ -17,6 +17,13 @@ struct DecodedSlice {
   alignas(64) uint32_t columns[kSliceKept][format::kSliceRows];
 };
 
+// The same for bfloat16: of every quad, over the 16 rows in an order of the kernels' own, its two codes, unscaled, and the
+// bytes of their activations among the quad's eight.
+struct DecodedPairs {
+  alignas(64) uint32_t weights[format::kSliceQuads][format::kSliceRows];
+  alignas(64) uint32_t bytes[format::kSliceQuads][format::kSliceRows];
+};
+
 // The scales of a slice: of every step, over the 16 rows; no group ends inside a step.
 using StepScales = const float* const (&)[format::kSliceSteps];
 
@@ -29,6 +36,10 @@ struct Kernels {
   // `count` consecutive elements of dtype `type`, to and from float32.
   void (*load)(const void* from, DType type, int64_t count, float* to);
   void (*store)(const float* from, DType type, int64_t count, void* to);
+  // decode and multiply for bfloat16 activations, where the instruction set has products of them; otherwise null.
+  void (*decode_pairs)(const uint32_t* slice, int num_bits, DecodedPairs& out) = nullptr;
+  void (*multiply_pairs)(const DecodedPairs& slice, StepScales scales, const uint16_t* acts, int64_t tokens,
+                         float* sums) = nullptr;
 };
 
 const Kernels& portable_kernels();
@@ -36,6 +47,7 @@ const Kernels& portable_kernels();
 #define SPARSE_MARLIN_X86 1
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+const Kernels& avx512_bf16_kernels();
 #endif
 
 }  // namespace sparse_marlin::cpu

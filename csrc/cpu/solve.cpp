@@ -181,7 +181,7 @@ SPARSE_MARLIN_SOLVE_KERNELS(avx512, __attribute__((target("avx512f,avx2,fma"))))
 SolveKernels kernels_of(CpuIsa isa) {
 #if defined(SPARSE_MARLIN_X86)
   if (isa == CpuIsa::kBest) isa = cpu_isa_best();
-  if (isa == CpuIsa::kAvx512) return {avx512_descend, avx512_project};
+  if (isa == CpuIsa::kAvx512 || isa == CpuIsa::kAvx512Bf16) return {avx512_descend, avx512_project};
   if (isa == CpuIsa::kAvx2) return {avx2_descend, avx2_project};
 #endif
   return {portable_descend, portable_project};

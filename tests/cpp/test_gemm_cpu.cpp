@@ -109,7 +109,7 @@ void expect_matches_codes(const Case& c, const Array& out, const std::string& wh
 
 std::vector<CpuIsa> available_isas() {
   std::vector<CpuIsa> isas;
-  for (CpuIsa isa : {CpuIsa::kPortable, CpuIsa::kAvx2, CpuIsa::kAvx512}) {
+  for (CpuIsa isa : {CpuIsa::kPortable, CpuIsa::kAvx2, CpuIsa::kAvx512, CpuIsa::kAvx512Bf16}) {
     if (cpu_isa_available(isa)) isas.push_back(isa);
   }
   return isas;
