@@ -123,10 +123,14 @@ SPARSE_MARLIN_BF16_INLINE __m512i pairs_of_4(__m512i words) {
   const __m512i index = _mm512_maskz_and_epi32(kAll, words, _mm512_set1_epi32(0x000f000f));
   return _mm512_maskz_permutexvar_epi16(kAll16, index, _mm512_load_si512(kStoredCodes.data()));
 }
+// The code in the lowest byte as float32, by way of 2^23, as in kernels_avx2.cpp.
 SPARSE_MARLIN_BF16_INLINE __m512i float_of_8(__m512i words) {
-  const __m512i code = _mm512_maskz_and_epi32(kAll, words, _mm512_set1_epi32(0xff));
-  const __m512i value = _mm512_maskz_sub_epi32(kAll, code, _mm512_set1_epi32(static_cast<int>(encode(0, 8))));
-  return _mm512_castps_si512(_mm512_maskz_cvtepi32_ps(kAll, value));
+  constexpr float kOnes = 0x1p23f;
+  constexpr int kAndThenOr = 0xea;
+  const __m512i stored = _mm512_ternarylogic_epi32(words, _mm512_set1_epi32(0xff),
+                                                   _mm512_set1_epi32(std::bit_cast<int>(kOnes)), kAndThenOr);
+  return _mm512_castps_si512(
+      _mm512_sub_ps(_mm512_castsi512_ps(stored), _mm512_set1_ps(kOnes + static_cast<float>(encode(0, 8)))));
 }
 SPARSE_MARLIN_BF16_INLINE __m512i pairs_of_8(__m512i words) {
   const __m512i first = float_of_8(words), second = float_of_8(_mm512_maskz_srli_epi32(kAll, words, 8));
