@@ -85,6 +85,7 @@ class StripScales {
     const Problem& p = pass_.problem;
     const int64_t rows = std::min<int64_t>(p.n - row_, kSliceRows);
     const char* from = static_cast<const char*>(pass_.params.scales) + (group * p.n + row_) * dtype_bytes(p.dtype);
+    if (group + 1 < num_groups(p.k, p.group_size)) __builtin_prefetch(from + p.n * dtype_bytes(p.dtype));
     pass_.kernels.load(from, p.dtype, rows, values_[slot_]);
     group_ = group;
   }
@@ -114,6 +115,13 @@ void write_strip(const Pass& pass, int64_t row, int64_t token, int64_t tokens, f
   }
 }
 
+// With few tokens time is memory's: a strip's weights of the next column tile are asked for while this one is multiplied, and
+// in StripScales::load the scales of the next group, each of which lies on a page of its own.
+void prefetch(const uint32_t* words, int count) {
+  constexpr int kLineWords = 64 / sizeof(uint32_t);
+  for (int i = 0; i < count; i += kLineWords) __builtin_prefetch(words + i);
+}
+
 // `strips` strips of one row tile, from `strip` on, times `tokens` tokens of the pass from `token` on.
 void multiply_strips(const Pass& pass, int64_t strip, int strips, int64_t token, int64_t tokens) {
   const Problem& p = pass.problem;
@@ -131,6 +139,7 @@ void multiply_strips(const Pass& pass, int64_t strip, int strips, int64_t token,
     for (int s = 0; s < strips; ++s) {
       const uint32_t* slice = tile_row + slice_offset_words(row + s * kSliceRows, col_tile * kTileCols, p.num_bits);
       const float* step_scales[kSliceSteps];
+      if (col_tile + 1 < cols) prefetch(slice + tile_words(p.num_bits), slice_words(p.num_bits));
       scales[s].select(col_tile, step_scales);
       if (pass.in_pairs()) {
         pass.kernels.decode_pairs(slice, p.num_bits, pairs);
