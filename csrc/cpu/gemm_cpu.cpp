@@ -8,6 +8,7 @@
 #include "cpu/gemm_cpu.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <memory>
 
 #include "cpu/half.h"
@@ -135,7 +136,6 @@ void multiply_strips(const Pass& pass, int64_t strip, int strips, int64_t token,
   DecodedPairs pairs;
   const uint32_t* tile_row = pass.params.weights + row / kTileRows * pass.params.weights_row_words;
   for (int64_t col_tile = 0; col_tile < cols; ++col_tile) {
-    const float* acts = pass.acts_at<const float>(col_tile, token);
     for (int s = 0; s < strips; ++s) {
       const uint32_t* slice = tile_row + slice_offset_words(row + s * kSliceRows, col_tile * kTileCols, p.num_bits);
       const float* step_scales[kSliceSteps];
@@ -145,10 +145,10 @@ void multiply_strips(const Pass& pass, int64_t strip, int strips, int64_t token,
         pass.kernels.decode_pairs(slice, p.num_bits, pairs);
         pass.kernels.multiply_pairs(pairs, step_scales, pass.acts_at<const uint16_t>(col_tile, token), tokens, sums[s]);
       } else if (tokens == 1) {
-        pass.kernels.multiply_one(slice, p.num_bits, step_scales, acts, sums[s]);
+        pass.kernels.multiply_one(slice, p.num_bits, step_scales, pass.acts_at<const float>(col_tile, token), sums[s]);
       } else {
         pass.kernels.decode(slice, p.num_bits, step_scales, decoded);
-        pass.kernels.multiply(decoded, acts, tokens, sums[s]);
+        pass.kernels.multiply(decoded, pass.acts_at<const float>(col_tile, token), tokens, sums[s]);
       }
     }
   }
@@ -245,8 +245,8 @@ void gemm_cpu(const Problem& problem, const GemmParams& params, const ParallelFo
   if (problem.m == 0 || problem.n == 0) return;
   const Kernels& kernels = kernels_of(isa);
   const int64_t pass_tokens = std::min(problem.m, kPassTokens);
-  const auto acts =
-      std::make_unique_for_overwrite<float[]>(static_cast<size_t>(pass_tokens * col_tiles(problem.k) * kTileCols));
+  const auto acts = std::make_unique_for_overwrite<std::byte[]>(
+      static_cast<size_t>(pass_tokens * col_tiles(problem.k) * kTileCols) * sizeof(float));
   for (int64_t token = 0; token < problem.m; token += pass_tokens) {
     const Pass pass{problem, params, kernels, acts.get(), token, std::min(pass_tokens, problem.m - token)};
     load_acts(pass, parallel_for);

@@ -10,6 +10,31 @@ namespace sparse_marlin::cpu {
 
 inline constexpr int kSliceKept = format::kSliceQuads * format::kKeptPerQuad;
 
+// Consecutive words of a row pair: of codes in a plane, of metadata; and all words of a plane.
+inline constexpr int kRowCodeWords = format::kLanesPerRow * format::kLaneVectorWords;
+inline constexpr int kRowMetaWords = format::kLanesPerRow * format::kMetaLaneWords;
+inline constexpr int kPlaneWords = format::kLanes * format::kLaneVectorWords;
+
+// Row g's words lie g * kRow*Words behind row 0's, and rows g and g + 8 share them: what vector kernels transpose by.
+constexpr bool rows_are_strided() {
+  using namespace format;
+  for (int bits : {4, 8}) {
+    for (int row = 0; row < kSliceRows; ++row) {
+      const int g = row % kHalfRows, half_row = row - g;
+      for (int kept = 0; kept < kSliceKept; ++kept) {
+        const Location at = code_location(row, kept, bits), first = code_location(half_row, kept, bits);
+        const Location meta = meta_location(row, kept / kKeptPerQuad, bits);
+        const Location first_meta = meta_location(half_row, kept / kKeptPerQuad, bits);
+        if (at.word != first.word + g * kRowCodeWords || at.shift != first.shift) return false;
+        if (first.word % kPlaneWords >= kRowCodeWords) return false;
+        if (meta.word != first_meta.word + g * kRowMetaWords || meta.shift != first_meta.shift) return false;
+      }
+    }
+  }
+  return true;
+}
+static_assert(rows_are_strided());
+
 // A slice ready to be multiplied: for every kept value, over the 16 rows, the weight and which of its quad's four
 // columns it is in (the low two bits; the others hold anything).
 struct DecodedSlice {
@@ -24,7 +49,8 @@ struct DecodedPairs {
   alignas(64) uint32_t bytes[format::kSliceQuads][format::kSliceRows];
 };
 
-// The scales of a slice: of every step, over the 16 rows; no group ends inside a step.
+// The scales of a slice: of every step, over the 16 rows; no group ends inside a step, and steps of one group have the same
+// pointer.
 using StepScales = const float* const (&)[format::kSliceSteps];
 
 struct Kernels {

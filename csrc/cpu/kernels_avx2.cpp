@@ -19,30 +19,7 @@ namespace {
 
 using namespace format;
 
-constexpr int kHalves = kSliceRows / kHalfRows;                 // a vector is one half: rows 0-7 or 8-15
-constexpr int kRowCodeWords = kLanesPerRow * kLaneVectorWords;  // consecutive words of a row pair, a plane
-constexpr int kRowMetaWords = kLanesPerRow * kMetaLaneWords;
-constexpr int kPlaneWords = kLanes * kLaneVectorWords;
-
-// Row g's words lie g * kRow*Words behind row 0's, and rows g and g + 8 share them: what the transposition relies on.
-constexpr bool rows_are_strided() {
-  for (int bits : {4, 8}) {
-    for (int row = 0; row < kSliceRows; ++row) {
-      const int g = row % kHalfRows, half_row = row - g;
-      for (int kept = 0; kept < kSliceKept; ++kept) {
-        const Location at = code_location(row, kept, bits), first = code_location(half_row, kept, bits);
-        const Location meta = meta_location(row, kept / kKeptPerQuad, bits);
-        const Location first_meta = meta_location(half_row, kept / kKeptPerQuad, bits);
-        if (at.word != first.word + g * kRowCodeWords || at.shift != first.shift) return false;
-        if (first.word % kPlaneWords >= kRowCodeWords) return false;
-        if (meta.word != first_meta.word + g * kRowMetaWords || meta.shift != first_meta.shift) return false;
-      }
-    }
-  }
-  return true;
-}
-static_assert(rows_are_strided());
-
+constexpr int kHalves = kSliceRows / kHalfRows;  // a vector is one half: rows 0-7 or 8-15
 // The words of a slice with rows across lanes.
 template <int kBits>
 struct Transposed {

@@ -1,5 +1,5 @@
-// The kernels with AVX-512: all 16 rows of a slice in one vector. Decoding for several tokens and conversions, which wait
-// for memory, are those of AVX2.
+// The kernels with AVX-512: all 16 rows of a slice in one vector. Decoding for several tokens and conversions are those of
+// AVX2.
 #include "cpu/rows_avx512.h"
 
 #if defined(SPARSE_MARLIN_X86)
@@ -33,19 +33,11 @@ SPARSE_MARLIN_AVX512 void multiply_tokens(const DecodedSlice& slice, const float
   }
 }
 
-template <int kTokens>
-void multiply_blocks(const DecodedSlice& slice, const float*& acts, int64_t& tokens, float*& sums) {
-  for (; tokens >= kTokens; tokens -= kTokens, acts += kTokens * kSliceCols, sums += kTokens * kSliceRows) {
-    multiply_tokens<kTokens>(slice, acts, sums);
-  }
-}
-
 void multiply(const DecodedSlice& slice, const float* acts, int64_t tokens, float* sums) {
   static_assert(sizeof(__m512) == kSliceRows * sizeof(float));
-  multiply_blocks<16>(slice, acts, tokens, sums);
-  multiply_blocks<8>(slice, acts, tokens, sums);
-  multiply_blocks<4>(slice, acts, tokens, sums);
-  multiply_blocks<1>(slice, acts, tokens, sums);
+  for_blocks<16, 8, 4, 1>(acts, tokens, sums, [&]<int kTokens>(const float* block, float* block_sums) {
+    multiply_tokens<kTokens>(slice, block, block_sums);
+  });
 }
 
 constexpr std::array<float, 16> stored_codes() {

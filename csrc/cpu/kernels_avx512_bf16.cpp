@@ -114,20 +114,10 @@ SPARSE_MARLIN_BF16 void multiply_tokens(const DecodedPairs& slice, StepScales sc
   }
 }
 
-template <int kTokens>
-void multiply_blocks(const DecodedPairs& slice, StepScales scales, const uint16_t*& acts, int64_t& tokens,
-                     float*& sums) {
-  for (; tokens >= kTokens; tokens -= kTokens, acts += kTokens * kSliceCols, sums += kTokens * kSliceRows) {
-    multiply_tokens<kTokens>(slice, scales, acts, sums);
-  }
-}
-
 void multiply_pairs(const DecodedPairs& slice, StepScales scales, const uint16_t* acts, int64_t tokens, float* sums) {
-  multiply_blocks<16>(slice, scales, acts, tokens, sums);
-  multiply_blocks<8>(slice, scales, acts, tokens, sums);
-  multiply_blocks<4>(slice, scales, acts, tokens, sums);
-  multiply_blocks<2>(slice, scales, acts, tokens, sums);
-  multiply_blocks<1>(slice, scales, acts, tokens, sums);
+  for_blocks<16, 8, 4, 2, 1>(acts, tokens, sums, [&]<int kTokens>(const uint16_t* block, float* block_sums) {
+    multiply_tokens<kTokens>(slice, scales, block, block_sums);
+  });
 }
 
 }  // namespace

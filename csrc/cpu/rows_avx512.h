@@ -27,29 +27,24 @@ constexpr bool own_inverse() {
 }
 static_assert(own_inverse());
 
-inline constexpr int kRowCodeWords = kLanesPerRow * kLaneVectorWords;  // consecutive words of a row pair, a plane
-inline constexpr int kRowMetaWords = kLanesPerRow * kMetaLaneWords;
-inline constexpr int kPlaneWords = kLanes * kLaneVectorWords;
-
-// What follows relies on: the words of row g lie g * kRow*Words behind row 0's, rows g and g + 8 share them, and where
-// the codes of a quad are in their word depends on which of the two rows it is alone.
+// What follows relies on besides: where a quad's codes are in their word, which rows g and g + 8 share, depends on which of
+// the two rows it is alone.
 template <int kBits>
 inline constexpr int kSecondRow = kBits == 4 ? 4 : 16;  // bits from a code of row g to the one of row g + 8
 inline constexpr int kMetaSecondRow = 16;
 template <int kBits>
 constexpr bool quads_share_words() {
-  constexpr int kSecond = kBits == 4 ? 16 : 8, kRow = kSecondRow<kBits>;  // kSecond: from a first code to its second
-  for (int row = 0; row < kSliceRows; ++row) {
-    const int g = row % kHalfRows, half = row / kHalfRows;
-    for (int quad = 0; quad < kSliceQuads; ++quad) {
-      const Location at = code_location(0, quad * kKeptPerQuad, kBits);
+  constexpr int kSecond = kBits == 4 ? 16 : 8;  // bits from a first code to its second
+  for (int quad = 0; quad < kSliceQuads; ++quad) {
+    const Location at = code_location(0, quad * kKeptPerQuad, kBits), meta = meta_location(0, quad, kBits);
+    for (int half = 0; half < kSliceRows / kHalfRows; ++half) {
+      const int row = half * kHalfRows;
       const Location first = code_location(row, quad * kKeptPerQuad, kBits);
       const Location second = code_location(row, quad * kKeptPerQuad + 1, kBits);
-      if (first.word != at.word + g * kRowCodeWords || first.shift != at.shift + half * kRow) return false;
-      if (second.word != first.word || second.shift != first.shift + kSecond) return false;
-      const Location meta = meta_location(row, quad, kBits), meta0 = meta_location(0, quad, kBits);
-      if (meta.word != meta0.word + g * kRowMetaWords || meta.shift != meta0.shift + half * kMetaSecondRow)
-        return false;
+      const Location mine = meta_location(row, quad, kBits);
+      if (first.word != at.word || first.shift != at.shift + half * kSecondRow<kBits>) return false;
+      if (second.word != at.word || second.shift != first.shift + kSecond) return false;
+      if (mine.word != meta.word || mine.shift != meta.shift + half * kMetaSecondRow) return false;
     }
   }
   return true;
@@ -108,7 +103,7 @@ struct SliceRows {
     const __m512i words = codes[at.word / kPlaneWords * kRowCodeWords + at.word % kPlaneWords];
     return _mm512_maskz_srli_epi32(kAll, words, static_cast<unsigned>(at.shift));
   }
-  // With the column that kept value `i` has in the quad in the lowest two bits; of the first, the nibble in the lowest four.
+  // With kept value `i`'s column in the quad in the lowest two bits; of the first, the nibble in the lowest four.
   SPARSE_MARLIN_AVX512_INLINE __m512i meta_words(int quad, int i) const {
     const Location at = meta_location(0, quad, kBits);
     const int shift = at.shift + i * (kMetaBits / kKeptPerQuad);
@@ -123,6 +118,17 @@ SPARSE_MARLIN_AVX512_INLINE __m512 float_of_8(__m512i words) {
   const __m512i stored = _mm512_ternarylogic_epi32(words, _mm512_set1_epi32(0xff),
                                                    _mm512_set1_epi32(std::bit_cast<int>(kOnes)), kAndThenOr);
   return _mm512_sub_ps(_mm512_castsi512_ps(stored), _mm512_set1_ps(kOnes + static_cast<float>(encode(0, 8))));
+}
+
+// multiply.operator()<count>(acts, sums) for blocks of so many tokens, the largest first; the last count is 1.
+template <int... kTokens, typename Act, typename Multiply>
+void for_blocks(const Act* acts, int64_t tokens, float* sums, const Multiply& multiply) {
+  const auto blocks = [&]<int kCount>() {
+    for (; tokens >= kCount; tokens -= kCount, acts += kCount * kSliceCols, sums += kCount * kSliceRows) {
+      multiply.template operator()<kCount>(acts, sums);
+    }
+  };
+  (blocks.template operator()<kTokens>(), ...);
 }
 
 }  // namespace sparse_marlin::cpu
