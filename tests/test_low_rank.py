@@ -354,7 +354,7 @@ def test_plans_with_a_correction(n, k, m, rank):
     tiles = -(-n // tile.block_n) * -(-m // tile.block_m)
     assert plan.splits > 1 or -(-tiles // multiply) == -(-tiles // most)  # if that is not a turn more
     assert tile.blocks * (plan.smem_bytes + 1024) <= H100.smem_per_sm
-    assert plan.workspace_bytes >= 256 + 8 * m * rank  # packets: 8 bytes a value and share
+    assert plan.workspace_bytes >= 256 + 4 * m * rank  # packets: 4 bytes a value of t
     assert plan.predicted_us < _core.plan(problem, H100).predicted_us + 12
 
 

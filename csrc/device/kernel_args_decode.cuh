@@ -11,19 +11,18 @@ namespace sparse_marlin::device {
 // The low-rank correction (plan/low_rank.h).
 struct LowRankArgs {
   const void* down;      // [rank, k] row-major, contiguous, as the activations
-  ptx::Packet* packets;  // in the workspace: sums of t, [share of k][token][rank / 2]
-  uint32_t* readers;     // blocks that have all of them
+  ptx::Packet* packets;  // in the workspace (plan/low_rank.h)
+  uint32_t* readers;     // blocks that have t
   uint64_t token;        // of this launch: the packets' tag
   int rank;
   int shares_log2;
-  int num_packets;
+  int num_packets;               // of t
   uint32_t rank_blocks_inverse;  // of the rank in eights; device/scheduler.cuh
-  uint32_t pairs_inverse;        // of rank / 2
-  int senders;                   // blocks that project
-  int lead;                      // the same in whole clusters
+  uint32_t packets_inverse;      // of rank / 4
+  int lead;                      // blocks that project, in whole clusters
   int lead_clusters;
   int step;         // blocks that multiply
-  int num_readers;  // blocks that take the packets
+  int num_readers;  // blocks that take t
   // `up` in 128-column tiles of packed_24; tail == 0: dense, by its map alone
   int tail;
   int slice_bytes;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <bit>
 
 #include "device/scheduler.cuh"
 #include "launch/dependent_launch.cuh"
@@ -62,11 +63,10 @@ device::LowRankArgs low_rank_args(const Problem& problem, const Plan& plan, cons
   low.packets = reinterpret_cast<ptx::Packet*>(base + kWorkspaceAlign);
   low.token = launch_token();
   low.rank = plan.rank;
-  low.shares_log2 = project_shares_log2(problem.m, problem.k, plan.rank);
-  low.senders = project_blocks(problem.m, problem.k, plan.rank);
-  low.num_packets = num_packets(problem.m, problem.k, plan.rank);
+  low.shares_log2 = std::countr_zero(static_cast<unsigned>(plan.shares));
+  low.num_packets = num_packets(problem.m, plan.rank);
   low.rank_blocks_inverse = device::inverse(plan.rank / kProjectRanks);
-  low.pairs_inverse = device::inverse(plan.rank / kPacketRanks);
+  low.packets_inverse = device::inverse(plan.rank / kPacketRanks);
   low.lead = plan.lead;
   low.lead_clusters = plan.lead / plan.splits;
   low.step = static_cast<int>(plan.grid) - plan.lead;

@@ -189,12 +189,13 @@ void build_decode(Candidate& c, const Problem& problem, const Device& device, in
   if (rank > 0) {
     p.rank = rank;
     p.tail = correction.tail();
-    p.lead = lead_blocks(problem.m, problem.k, rank, splits);
+    p.shares = project_shares(project_groups(problem.m, rank), problem.k, p.grid, device.num_sms);
+    p.lead = lead_blocks(problem.m, rank, p.shares, splits);
     // Blocks that walk leave room for these, unless that makes a turn more: those that come later ask late for their weights.
     const auto turns = [tiles](int64_t blocks) { return (tiles + blocks - 1) / blocks; };
     if (splits == 1 && p.lead < most && turns(most - p.lead) == turns(most)) p.grid = std::min(tiles, most - p.lead);
     p.grid += p.lead;
-    p.workspace_bytes += low_rank_workspace_bytes(problem.m, problem.k, rank);
+    p.workspace_bytes += low_rank_workspace_bytes(problem.m, rank, p.shares);
   }
   p.predicted_us = predicted_us(problem, device, p);
 }
@@ -271,7 +272,7 @@ Candidate build(const Problem& problem, const Device& device, int tile, int spli
     case Family::kSm90: build_sm90(c, problem, device, splits, correction); break;
     case Family::kDecode: build_decode(c, problem, device, splits, correction); break;
   }
-  c.plan.spread = device.compute_capability == kHopper && c.plan.lead == 0 && c.plan.grid <= device.num_sms;
+  c.plan.spread = device.compute_capability == kHopper && c.plan.grid - c.plan.lead <= device.num_sms;
   return c;
 }
 

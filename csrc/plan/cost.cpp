@@ -157,7 +157,7 @@ Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
   if (projects) {
     const double up = e.tiles / splits * tile_n(plan.tile) * up_row;
     const double t = (e.full_waves > 0 ? e.resident : e.last_wave) *
-                     static_cast<double>(packets_bytes(problem.m, problem.k, plan.rank));
+                     static_cast<double>(num_packets(problem.m, plan.rank) * kPacketBytes);
     e.l2_us += (up + t) / kL2BytesPerUsSm;
   }
   if (portable && plan.splits > 1)

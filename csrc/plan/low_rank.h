@@ -6,7 +6,8 @@
 // this weight multiplies is t = acts * down^T, twice for every 64 ranks. It has scales of its own, in groups of the weight's size.
 //
 // The decode kernel: blocks in front of the grid project, t = acts * down^T, 8 tokens x 8 ranks x a share of k each.
-//   workspace  readers; packets of two sums each [share of k][token][rank / 2] (device/low_rank_decode.cuh)
+//   workspace  readers; packets (device/project_decode.cuh): four values of t each [token][rank / 4], then two sums each [share of k but
+//              the last][token][rank / 2]
 #pragma once
 #include <algorithm>
 
@@ -22,7 +23,8 @@ inline constexpr int kMaxTokensLowRank = 16;  // of the decode kernel, too
 inline constexpr int kRankUnit = 16;          // ranks of an MMA of the expansion
 inline constexpr int kProjectRanks = 8;       // of a block that projects: the rank is a multiple of it
 inline constexpr int kProjectCols = 32;       // of k that a warp of it takes at once
-inline constexpr int kPacketRanks = 2;        // of a packet of t
+inline constexpr int kSumRanks = 2;           // of a packet of sums
+inline constexpr int kPacketRanks = 4;        // of a packet of t
 inline constexpr int kPacketBytes = 16;
 inline constexpr int kUpBoxRanks = kHalfCols;  // ranks of a dense `up` that one tensor copy brings
 inline constexpr int kTailRanks = kHalfCols;   // ranks of a column tile of a packed `up`
@@ -39,33 +41,32 @@ struct Correction {
 // Values between two tokens of t in shared memory: pairs of 8 tokens lie in different banks.
 constexpr int projected_pitch(int rank) { return round_up(rank, 32) + 8; }
 
-// Shares of k, as a power of 2: a block should not have more columns to read than its warps load at once, about. Every block of the
-// multiplication takes all shares through shared memory, which must not have more of them than its rings can spare.
-constexpr int project_shares_log2(int64_t tokens, int64_t k, int rank) {
-  constexpr int kShareCols = 2048, kMostLog2 = 2, kRoom = 20 << 10;
-  const int share_bytes = static_cast<int>(tokens) * rank / kPacketRanks * kPacketBytes;
-  int log2 = 0;
-  while (log2 < kMostLog2 && (k >> log2) > kShareCols && share_bytes << (log2 + 1) <= kRoom) ++log2;
-  return log2;
+// What is projected together: 8 tokens x 8 ranks.
+constexpr int project_groups(int64_t tokens, int rank) {
+  return rank / kProjectRanks * static_cast<int>((tokens + kMmaTokens - 1) / kMmaTokens);
 }
-constexpr int project_blocks(int64_t tokens, int64_t k, int rank) {
-  const int groups = rank / kProjectRanks * static_cast<int>((tokens + kMmaTokens - 1) / kMmaTokens);
-  return groups << project_shares_log2(tokens, k, rank);
+// Shares of k, a power of 2: a block should not have more columns to read than its warps load at once, about. Smaller ones are there earlier,
+// where the multiplication's `blocks` leave places. More blocks than SMs that project would only wait for each other.
+inline constexpr int kMostShares = 8;
+constexpr int project_shares(int groups, int64_t k, int64_t blocks, int num_sms) {
+  const int most_cols = blocks <= num_sms ? 1024 : 2048;
+  int shares = 1;
+  while (shares < kMostShares && k / shares > most_cols && groups * 2 * shares <= num_sms) shares *= 2;
+  return shares;
 }
-// The same in whole clusters. They come on top of the multiplication's blocks, of which the planner leaves some out for them if that makes
-// no turn more; otherwise the last ones start when these have ended, and as blocks take output tiles in turn, those have the fewest.
-constexpr int lead_blocks(int64_t tokens, int64_t k, int rank, int cluster) {
-  return round_up(project_blocks(tokens, k, rank), cluster);
+// Blocks that project, in whole clusters. They come on top of the multiplication's blocks, of which the planner leaves some out for them if
+// that makes no turn more; otherwise the last ones start when these have ended, and as blocks take output tiles in turn, those have the
+// fewest.
+constexpr int lead_blocks(int64_t tokens, int rank, int shares, int cluster) {
+  return round_up(project_groups(tokens, rank) * shares, cluster);
 }
 
-constexpr int num_packets(int64_t tokens, int64_t k, int rank) {
-  return static_cast<int>(tokens) * rank / kPacketRanks << project_shares_log2(tokens, k, rank);
+constexpr int num_packets(int64_t tokens, int rank) { return static_cast<int>(tokens) * rank / kPacketRanks; }
+constexpr int sum_packets(int64_t tokens, int rank, int shares) {
+  return static_cast<int>(tokens) * rank / kSumRanks * (shares - 1);
 }
-constexpr int64_t packets_bytes(int64_t tokens, int64_t k, int rank) {
-  return int64_t{num_packets(tokens, k, rank)} * kPacketBytes;
-}
-constexpr int64_t low_rank_workspace_bytes(int64_t tokens, int64_t k, int rank) {
-  return kWorkspaceAlign + packets_bytes(tokens, k, rank);
+constexpr int64_t low_rank_workspace_bytes(int64_t tokens, int rank, int shares) {
+  return kWorkspaceAlign + int64_t{sum_packets(tokens, rank, shares) + num_packets(tokens, rank)} * kPacketBytes;
 }
 
 }  // namespace sparse_marlin

@@ -29,6 +29,7 @@ struct Plan {
   int rank = 0;                 // of the low-rank correction that the launch adds (plan/low_rank.h), or 0
   int tail = 0;                 // 128-column tiles of its second factor, where that is packed
   int lead = 0;                 // blocks of the grid that compute its projection
+  int shares = 0;               // of k, that these blocks share out
   int threads = 0;              // a block
   int smem_bytes = 0;           // dynamic, a block
   bool spread = false;          // no two blocks on an SM (launch/spread.h)

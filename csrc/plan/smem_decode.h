@@ -4,13 +4,12 @@
 //             acts [half tile][token][64 columns], 128-byte swizzled
 //             scales [group][block_n]
 //   weights   [warp][stage][column tile of a turn] of { slices of packed weights }
-//   exchange  [warp along k][token of 8][block_n + padding] float32: the sums; before them, where there is a low-rank correction, its packets
-//             (plan/low_rank.h)
+//   exchange  [warp along k][token of 8][block_n + padding] float32: the sums
 //   received  [split][vector that the block owns] float32: where splits > 1, the blocks' sums
 //   up        the correction's second factor, [64 ranks][block_n][64], 128-byte swizzled; packed, [row tile][128-column tile] of
 //             slices, then scales [group][block_n]
 //   projected [token][rank + padding]: what the first factor makes of the activations, all tokens of the problem
-//   barriers  weights full [warp][stage], then chunk full [chunk], then chunk empty [chunk], started, received, up full, packets full
+//   barriers  weights full [warp][stage], then chunk full [chunk], then chunk empty [chunk], started, received, up full, projected full
 #pragma once
 #include <algorithm>
 
@@ -59,7 +58,7 @@ struct SmemDecode {
   int up;  // where there is a low-rank correction
   int projected;
   int up_full;
-  int packets_full;
+  int projected_full;
   int size;  // with room to align the start
 };
 
@@ -97,8 +96,7 @@ constexpr SmemDecode smem_decode(const TileDecode& t, const Problem& p, int spli
   s.weights = chunks * s.chunk_bytes;
   s.exchange = s.weights + t.warps() * stages * stage_bytes(t, p.num_bits);
   const int sums = t.warps_k * std::min(s.rows, kMmaTokens) * (t.block_n() + kEpiloguePad);
-  const int packets = rank > 0 ? static_cast<int>(packets_bytes(p.m, p.k, rank)) : 0;
-  s.received = s.exchange + std::max(sums * static_cast<int>(sizeof(float)), packets);
+  s.received = s.exchange + sums * static_cast<int>(sizeof(float));
   s.owned = (s.rows * t.block_n() / kVectorFeatures + splits - 1) / splits;  // of block 0, the most
   const int received = splits > 1 ? splits * s.owned * kVectorBytes : 0;
   s.up = s.received + received;
@@ -110,8 +108,8 @@ constexpr SmemDecode smem_decode(const TileDecode& t, const Problem& p, int spli
   s.started = s.chunk_empty + chunks * kBarrierBytes;
   s.received_full = s.started + kBarrierBytes;
   s.up_full = s.received_full + kBarrierBytes;
-  s.packets_full = s.up_full + kBarrierBytes;
-  s.size = (rank > 0 ? s.packets_full : s.received_full) + kBarrierBytes + kSwizzleAlign;
+  s.projected_full = s.up_full + kBarrierBytes;
+  s.size = (rank > 0 ? s.projected_full : s.received_full) + kBarrierBytes + kSwizzleAlign;
   return s;
 }
 

@@ -182,8 +182,6 @@ inline void advance(MBarrier& b) {
 
 // --- asynchronous copies ---------------------------------------------------------------------------------------------------
 inline std::vector<std::function<void()>> copies;
-// What others still write while it is copied: sometimes 16 bytes arrive as zeros.
-inline const char *late_from = nullptr, *late_to = nullptr;
 inline void copy(std::function<void()> run) {
   if (random() % 2 == 0) {
     run();
@@ -274,6 +272,11 @@ inline void __syncwarp() { emulated::meet<1>({0}); }
 inline bool __all_sync(unsigned, bool holds) {
   const auto all = emulated::meet<1>({holds});
   return std::all_of(all, all + emulated::kLanes, [](const auto& words) { return words[0] != 0; });
+}
+inline uint32_t __shfl_down_sync(unsigned, uint32_t value, int by) {
+  const int lane = emulated::thread.x % emulated::kLanes;
+  const auto all = emulated::meet<1>({value});
+  return lane + by < emulated::kLanes ? all[lane + by][0] : value;
 }
 inline void __syncthreads() { emulated::wait_at(0, emulated::block_threads); }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {

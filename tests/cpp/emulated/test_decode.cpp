@@ -91,7 +91,10 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
   Values<uint32_t> up_words(static_cast<int64_t>(up_packed.words.size()));
   std::copy(up_packed.words.begin(), up_packed.words.end(), up_words.data());
   std::memset(static_cast<void*>(out.all.data()), 0x7f, out.all.size() * sizeof(Act));  // an element not written shows
-  std::vector<uint64_t> workspace(kLowRank ? low_rank_workspace_bytes(m, k, rank) / sizeof(uint64_t) + 64 : 1, 0x55);
+  const int shares =
+      kLowRank ? project_shares(project_groups(m, rank), k, tiles_decode(problem, kTile) * splits, 132) : 0;
+  std::vector<uint64_t> workspace(kLowRank ? low_rank_workspace_bytes(m, rank, shares) / sizeof(uint64_t) + 64 : 1,
+                                  0x55);
 
   // what launch/launch_decode.cu fills in
   KernelArgsDecode args{};
@@ -133,7 +136,6 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
                             false});
   args.next = {reinterpret_cast<const char*>(words.data()), static_cast<uint32_t>(emulated::random() % 4000 * 16)};
   ptx::prefetched.clear();
-  emulated::late_from = emulated::late_to = nullptr;
   int clusters = splits > 1 ? args.start.tiles : std::min(args.start.tiles, num_sms * kTile.blocks);
   if (kLowRank) {
     char* base = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(workspace.data()) + 255) / 256 * 256);
@@ -141,16 +143,13 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
     low.down = down.data();
     low.readers = reinterpret_cast<uint32_t*>(base);
     low.packets = reinterpret_cast<ptx::Packet*>(base + kWorkspaceAlign);
-    emulated::late_from = base + kWorkspaceAlign;
-    emulated::late_to = base + low_rank_workspace_bytes(m, k, rank);
     low.token = emulated::random() + (uint64_t{1} << 40);
     low.rank = rank;
-    low.shares_log2 = project_shares_log2(m, k, rank);
-    low.senders = project_blocks(m, k, rank);
-    low.num_packets = num_packets(m, k, rank);
+    low.shares_log2 = std::countr_zero(static_cast<unsigned>(shares));
+    low.num_packets = num_packets(m, rank);
     low.rank_blocks_inverse = device::inverse(rank / kProjectRanks);
-    low.pairs_inverse = device::inverse(rank / kPacketRanks);
-    low.lead = lead_blocks(m, k, rank, splits);
+    low.packets_inverse = device::inverse(rank / kPacketRanks);
+    low.lead = lead_blocks(m, rank, shares, splits);
     low.lead_clusters = low.lead / splits;
     low.step = clusters * splits;
     low.num_readers = clusters;
@@ -176,7 +175,7 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
     }
     clusters += low.lead_clusters;
   }
-  const int idle_warps = kLowRank || emulated::random() % 2 == 0 ? 0 : 4;  // launch/spread.h
+  const int idle_warps = emulated::random() % 2 == 0 ? 0 : 4;  // launch/spread.h
   const auto run = [&](int index, int size) {
     emulated::run_cluster(
         index, clusters * splits, kTile.threads() + idle_warps * format::kLanes,
@@ -214,8 +213,11 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
   }
   // one rounding, with a correction two
   EXPECT_LT(std::sqrt(error / size), half ? 5e-4 : 4e-3);
-  for (int i = 0; i < (kLowRank ? args.low.num_packets : 0); ++i) {
+  for (int i = 0; i < (kLowRank ? sum_packets(m, rank, shares) + args.low.num_packets : 0); ++i) {
     EXPECT_EQ(args.low.packets[i].tag, 0u) << "who launches again, as a graph does, must find no packet of this launch";
+  }
+  if (kLowRank) {
+    EXPECT_EQ(device::LowRankCount{args.low}.begun()->tag, 0u) << "nor that the counter is clear";
   }
 }
 

@@ -14,12 +14,7 @@ inline void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t ba
   dst = emulated::in_block(dst, emulated::rank);  // whoever runs when the copy is done
   barrier = emulated::in_block(barrier, emulated::rank);
   emulated::copy([=] {
-    char* to = static_cast<char*>(emulated::at(dst, bytes));
-    std::memcpy(to, src, bytes);
-    const bool late = src >= emulated::late_from && src < emulated::late_to;
-    for (uint32_t i = 0; late && i < bytes; i += 16) {
-      if (emulated::random() % 8 == 0) std::memset(to + i, 0, 16);
-    }
+    std::memcpy(emulated::at(dst, bytes), src, bytes);
     arrived(barrier, bytes);
   });
 }
@@ -54,7 +49,6 @@ inline void tensor_load_3d(uint32_t dst, const CUtensorMap* map, int x, int y, i
 inline void tensor_load(uint32_t dst, const CUtensorMap* map, int x, int y, uint32_t barrier) {
   tensor_load_3d(dst, map, x, y, 0, barrier);
 }
-inline void fence_async_global() {}
 inline void prefetch_map(const CUtensorMap*) {}
 
 }  // namespace sparse_marlin::ptx

@@ -1,0 +1,188 @@
+// The first factor of a low-rank correction inside the decode kernel: t = acts * down^T (plan/low_rank.h), by blocks in front of the grid, 8 tokens
+// x 8 ranks x a share of k each: dense MMAs, operands straight from L2 into registers. Their sums go to the block of the last share, which
+// adds them in the order of the shares; t leaves it in packets of four values and a tag.
+//
+// A packet's tag is the launch's random token. The block that has read it last clears it, so that a launch with the same token, of a graph's next
+// replay, finds none. A block waits for blocks of lower number alone, which start before it: however few run at once, those
+// it waits for do.
+#pragma once
+#include "device/mainloop_decode.cuh"
+#include "device/ptx/global.cuh"
+#include "device/ptx/mma.cuh"
+#include "device/ptx/packet.cuh"
+
+namespace sparse_marlin::device {
+
+// Blocks that have t: the last one clears its packets. A fence takes as long as a way to memory and back, so neither t nor the end of the launch
+// waits for one: whoever counts has seen that the counter was cleared, and has the values of its packets.
+struct LowRankCount {
+  const LowRankArgs& low;
+
+  // In the workspace, behind the counter: it counts from 0.
+  __device__ __forceinline__ ptx::Packet* begun() const { return reinterpret_cast<ptx::Packet*>(low.readers) + 1; }
+  // One thread's, after the wait for the kernel before.
+  __device__ __forceinline__ void begin() const {
+    *low.readers = 0;
+    __threadfence();
+    ptx::packet_store(begun(), {}, low.token);
+  }
+  __device__ __forceinline__ bool has_begun() const { return ptx::packet_load(begun()).tag == low.token; }
+  // One thread's. How many blocks came before.
+  __device__ __forceinline__ int add() const { return static_cast<int>(atomicAdd(low.readers, 1u)); }
+  // A warp's; before: lane 0 has it.
+  __device__ __forceinline__ void clear_if_last(int before, int lane) const {
+    if (__shfl_sync(~0u, before, 0) != low.num_readers - 1) return;
+#pragma unroll 1
+    for (int i = lane; i < low.num_packets; i += format::kLanes) ptx::packet_store(low.packets + i, {}, 0);
+    if (lane == 0) ptx::packet_store(begun(), {}, 0);
+  }
+};
+
+template <typename Act, TileDecode kTile>
+struct LowRankProject {
+  // Units of columns that a warp loads at once, as many as the registers hold.
+  static constexpr int kAtOnce = kTile.threads() * kTile.blocks > 640 ? 4 : 8;
+  static constexpr int kSums = 4;
+  static constexpr int kProjected = 1;  // barrier: of the warps that project
+  static constexpr int kWarps = kTile.warps();
+  static constexpr int kUnitBytes = kProjectCols * kActBytes;
+  static constexpr int kStep = kWarps * kUnitBytes;  // from a warp's unit to its next
+
+  const KernelArgsDecode& args;
+  float2* const sums;  // in shared memory: [warp][lane]
+  const int share, rank0, token0;
+  const int first, last;  // units of the share
+
+  // All threads of the block; `shared`: its dynamic shared memory.
+  static __device__ __forceinline__ void run(const KernelArgsDecode& args, uint8_t* shared) {
+    const LowRankArgs& low = args.low;
+    const int share = blockIdx.x & ((1 << low.shares_log2) - 1), group = blockIdx.x >> low.shares_log2;
+    const int token_block = divide(group, low.rank_blocks_inverse);
+    if (token_block * kMmaTokens >= args.gemm.m) return;  // fills a cluster
+    const int rank0 = group * kProjectRanks - token_block * low.rank;
+    const int units = args.gemm.k / kProjectCols;  // k is a multiple of 64
+    const LowRankProject mine{args,
+                              reinterpret_cast<float2*>(shared),
+                              share,
+                              rank0,
+                              token_block * kMmaTokens,
+                              units * share >> low.shares_log2,
+                              units * (share + 1) >> low.shares_log2};
+    const int warp = threadIdx.x / format::kLanes, lane = threadIdx.x % format::kLanes;
+    if (warp > kWarps) return;  // idle (launch/spread.h): it gives its registers back
+    if (warp == kWarps) {
+      mine.prepare(lane);
+      return;
+    }
+    mine.project(warp, lane);
+    ptx::named_barrier(kProjected, kWarps * format::kLanes);
+    if (warp == 0) mine.publish(lane);
+  }
+
+  // The warp without a part in the product.
+  __device__ __forceinline__ void prepare(int lane) const {
+    if (lane < kProjectRanks && first < last)
+      ptx::prefetch_l2(static_cast<const char*>(args.low.down) + (rank0 + lane) * row_bytes() + first * kUnitBytes,
+                       (last - first) * kUnitBytes);
+    begin();  // the workspace, too, may still be in use by the kernel before
+    if (blockIdx.x == 0 && lane == 0) LowRankCount{args.low}.begin();
+  }
+  static __device__ __forceinline__ void begin() {
+    ptx::grid_dependency_wait();
+    ptx::grid_launch_dependents();
+  }
+  __device__ __forceinline__ int64_t row_bytes() const { return int64_t{args.gemm.k} * kActBytes; }
+
+  // Sums of the warp's units: all their operands that the registers hold are asked for before the first is used, `down` before the wait for
+  // the kernel before, on which it does not depend. The lanes' columns are neighbours, not those of the MMA's definition: the same for both
+  // operands, so that the sum is the same.
+  __device__ __forceinline__ void project(int warp, int lane) const {
+    const int g = lane / format::kLanesPerRow, c = lane % format::kLanesPerRow;
+    int unit = first + warp;
+    const int64_t at = unit * int64_t{kUnitBytes} + c * int64_t{sizeof(uint4)};
+    const char* down = static_cast<const char*>(args.low.down) + (rank0 + g) * row_bytes() + at;
+    // tokens that do not exist: the last one again, its sums are not used
+    const char* acts =
+        static_cast<const char*>(args.gemm.params.acts) + min(token0 + g, args.gemm.m - 1) * row_bytes() + at;
+    float d[kSums][4] = {};  // an MMA waits for the one before it with the same sums
+    bool waited = false;
+#pragma unroll 1
+    do {
+      uint4 a[kAtOnce], b[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        b[i] = {};
+        if (unit + i * kWarps < last) b[i] = ptx::load_global_v4(down + i * kStep);
+      }
+      if (!waited) begin();
+      waited = true;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        a[i] = {};
+        if (unit + i * kWarps < last) a[i] = ptx::load_global_v4(acts + i * kStep);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const uint32_t low[4] = {a[i].x, 0, a[i].y, 0}, low_down[2] = {b[i].x, b[i].y};
+        const uint32_t high[4] = {a[i].z, 0, a[i].w, 0}, high_down[2] = {b[i].z, b[i].w};
+        ptx::mma_16<Act>(d[2 * i % kSums], low, low_down);
+        ptx::mma_16<Act>(d[(2 * i + 1) % kSums], high, high_down);
+      }
+      unit += kAtOnce * kWarps;
+      down += kAtOnce * kStep;
+      acts += kAtOnce * kStep;
+    } while (unit < last);
+    sums[warp * format::kLanes + lane] = {d[0][0] + d[1][0] + (d[2][0] + d[3][0]),
+                                          d[0][1] + d[1][1] + (d[2][1] + d[3][1])};
+  }
+
+  // The warps' sums in their order, of tokens x ranks (g, 2c) and (g, 2c + 1): to the block of the last share, which publishes the total.
+  // That those who multiply add the shares instead saves a way through memory, and costs as much as they look at more packets.
+  __device__ __forceinline__ void publish(int lane) const {
+    const LowRankArgs& low = args.low;
+    float2 v = sums[lane];
+#pragma unroll
+    for (int i = 1; i < kWarps; ++i) v = add(v, sums[i * format::kLanes + lane]);
+    const int token = token0 + lane / format::kLanesPerRow, rank = rank0 + 2 * (lane % format::kLanesPerRow);
+    const bool exists = token < args.gemm.m;
+    const int share_packets = args.gemm.m * low.rank / kSumRanks;
+    ptx::Packet* of_sum = low.packets + low.num_packets + (token * low.rank + rank) / kSumRanks;
+    const int last = (1 << low.shares_log2) - 1;
+    if (share < last) {
+      if (exists)
+        ptx::packet_store(of_sum + share * share_packets, {__float_as_uint(v.x), __float_as_uint(v.y)}, low.token);
+      return;
+    }
+    if (exists && last > 0) v = add(others(of_sum, share_packets, last), v);
+    const uint32_t mine = Pair<Act>::of(v.x, v.y);
+    const uint32_t right = __shfl_down_sync(~0u, mine, 1);
+    if (exists && lane % 2 == 0)
+      ptx::packet_store(low.packets + (token * low.rank + rank) / kPacketRanks, {mine, right}, low.token);
+  }
+  static __device__ __forceinline__ float2 add(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
+  // The sum of the other shares' sums, in their order. Nobody else reads these packets.
+  __device__ __forceinline__ float2 others(ptx::Packet* of_sum, int share_packets, int count) const {
+    constexpr int kMost = kMostShares - 1;
+    ptx::Packet found[kMost];
+    bool all;
+    do {
+      all = true;
+#pragma unroll
+      for (int i = 0; i < kMost; ++i)
+        if (i < count) found[i] = ptx::packet_load(of_sum + i * share_packets);
+#pragma unroll
+      for (int i = 0; i < kMost; ++i)
+        if (i < count) all &= found[i].tag == args.low.token;
+    } while (!all);
+    float2 v = {};
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      if (i >= count) break;
+      v = add(v, {__uint_as_float(found[i].values.x), __uint_as_float(found[i].values.y)});
+      ptx::packet_store(of_sum + i * share_packets, {}, 0);
+    }
+    return v;
+  }
+};
+
+}  // namespace sparse_marlin::device
