@@ -160,9 +160,7 @@ def multiplications(stream_k: bool, few_blocks: bool) -> Iterator[Job]:
     yield from multiplication_jobs(size, kind, ways, few_blocks)
 
 
-def correct(
-    size: tuple[int, int, int, int], dtype: torch.dtype, packed_up: bool, few_blocks: bool, ways: list[Way]
-) -> int:
+def correct(size: tuple[int, int, int, int], dtype: torch.dtype, packed_up: bool, ways: list[Way]) -> int:
     m, n, k, rank = size
     codes, scales = testing.random_codes(n, k), testing.random_scales(n, k, 64, dtype)
     packed = sparse_marlin.pack_24_weights(codes, scales, 64)
@@ -174,10 +172,9 @@ def correct(
         up = gather(rounded.dequantize(), rank)
     on_gpu = [t.cuda() for t in (a, packed, scales, down, factor)]
     for tile, splits in ways:
-        dependent = not (few_blocks and splits > 1)
         with testing.poisoned_allocations("cuda", megabytes=1):
             out = torch.ops.sparse_marlin._sparse_marlin_gemm_low_rank_by(
-                *on_gpu, 64, 4, None, tile, splits, dependent=dependent, up_scales=up_scales
+                *on_gpu, 64, 4, None, tile, splits, up_scales=up_scales
             )
         testing.assert_accepted(out.cpu(), a, codes, scales, 64, None, f"tile {tile}, splits {splits}", (up, down))
     return len(ways)
@@ -203,11 +200,7 @@ def corrections(few_blocks: bool) -> Iterator[Job]:
                 continue
             ways.append(way)
         for some in portions(ways):
-            yield (
-                "corrections",
-                f"{size} {dtype} {some}",
-                functools.partial(correct, size, dtype, packed_up, few_blocks, some),
-            )
+            yield "corrections", f"{size} {dtype} {some}", functools.partial(correct, size, dtype, packed_up, some)
 
 
 def main() -> None:

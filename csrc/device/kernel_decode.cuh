@@ -44,7 +44,7 @@ __global__ void __maxnreg__(max_registers(kTilesDecode[kTileIndex], kBits, kMode
   // the same in all lanes of a warp, which the compiler learns from the shuffle
   const int warp = __shfl_sync(~0u, threadIdx.x / format::kLanes, 0), lane = threadIdx.x % format::kLanes;
 
-  const bool idle_warps = blockDim.x > kThreads;
+  const bool idle_warps = !kLowRank && blockDim.x > kThreads;
   if (idle_warps && warp > kTile.warps()) {  // keeps its registers to the end
     if (args.start.splits > 1) ptx::cluster_arrive();
     ptx::named_barrier(kEnd, blockDim.x);
@@ -96,7 +96,6 @@ __global__ void __maxnreg__(max_registers(kTilesDecode[kTileIndex], kBits, kMode
         if (asks) loader.ask_next();
         __syncwarp();
         LowRankCount{args.low}.clear_if_last(before, lane);
-        if (idle_warps) ptx::named_barrier_arrive(kEnd, blockDim.x);
         return;
       }
     }

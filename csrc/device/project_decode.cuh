@@ -69,7 +69,6 @@ struct LowRankProject {
                               units * share >> low.shares_log2,
                               units * (share + 1) >> low.shares_log2};
     const int warp = threadIdx.x / format::kLanes, lane = threadIdx.x % format::kLanes;
-    if (warp > kWarps) return;  // idle (launch/spread.h): it gives its registers back
     if (warp == kWarps) {
       mine.prepare(lane);
       return;

@@ -41,22 +41,12 @@ constexpr int warps_alone(int registers, int* fit) {
 }
 
 // For kernels in which warps past plan.threads wait for the others' end; `registers` of a thread.
-//
-// Blocks in front that project (plan/low_rank.h) must fit beside the others, so of shared memory no block may have more than half. In them the
-// warps that do nothing end at once and give their registers back. Launches with them take turns with ones that take no measure, whose
-// blocks find one place beside each of the launch before.
 inline BlockSize block_size(const Plan& plan, const Device& device, int registers) {
-  if (!plan.spread) return {plan.threads, plan.smem_bytes};
-  const bool projects = plan.lead > 0, takes_turns = plan.dependent;
+  if (!plan.spread || !plan.dependent) return block_size(plan, device);
   int fit = 0;
   const int warps = plan.threads / format::kLanes, alone = std::max(warps, warps_alone(registers, &fit));
-  const bool last = takes_turns && last_spread_by_registers.load(std::memory_order_relaxed);
-  // a launch that overlaps none has no need of idle warps, other than beside blocks that project
-  if (last || alone + warps > fit || !(takes_turns || (projects && plan.splits == 1))) {
-    if (!projects) return spread_by_smem(plan, device);
-    last_spread_by_registers.store(false, std::memory_order_relaxed);
-    return {plan.threads, plan.smem_bytes};
-  }
+  if (alone + warps > fit || last_spread_by_registers.load(std::memory_order_relaxed))
+    return spread_by_smem(plan, device);
   last_spread_by_registers.store(true, std::memory_order_relaxed);
   return {alone * format::kLanes, plan.smem_bytes};
 }

@@ -272,7 +272,7 @@ Candidate build(const Problem& problem, const Device& device, int tile, int spli
     case Family::kSm90: build_sm90(c, problem, device, splits, correction); break;
     case Family::kDecode: build_decode(c, problem, device, splits, correction); break;
   }
-  c.plan.spread = device.compute_capability == kHopper && c.plan.grid - c.plan.lead <= device.num_sms;
+  c.plan.spread = device.compute_capability == kHopper && c.plan.lead == 0 && c.plan.grid <= device.num_sms;
   return c;
 }
 

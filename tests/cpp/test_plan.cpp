@@ -191,32 +191,6 @@ TEST(Spread, KeepsBlocksOfALaunchApartAndTheNextLaunchBesideThem) {
   EXPECT_EQ(block_size(plan, device, 72).threads, plan.threads);
 }
 
-// With blocks in front that project: two that multiply do not fit an SM, one of them and one that projects do once that one's idle
-// warps have ended. Launches in a row take turns.
-TEST(Spread, LeavesRoomForBlocksThatProject) {
-  Device device;
-  device.smem_per_sm = 228 << 10;
-  Plan plan;
-  plan.spread = true;
-  plan.lead = 16;
-  plan.threads = 9 * 32;
-  plan.smem_bytes = smem_beside(device.smem_per_sm, 2);
-  constexpr int kRegisters = 96, kFit = 20;
-  last_spread_by_registers = false;
-  for (const int threads : {11 * 32, plan.threads, 11 * 32}) {
-    const BlockSize size = block_size(plan, device, kRegisters);
-    EXPECT_EQ(size.threads, threads);
-    EXPECT_EQ(size.smem_bytes, plan.smem_bytes);
-  }
-  EXPECT_GT(2 * 11, kFit);
-  EXPECT_LE(11 + 9, kFit);
-  plan.dependent = false;
-  EXPECT_EQ(block_size(plan, device, kRegisters).threads, 11 * 32);
-  EXPECT_EQ(block_size(plan, device, kRegisters).threads, 11 * 32) << "no turns";
-  plan.splits = 2;
-  EXPECT_EQ(block_size(plan, device, kRegisters).threads, plan.threads) << "racecheck takes no cluster with idle warps";
-}
-
 TEST(Workspace, HoldsPartialsAndAlignedCopiesSideBySide) {
   Problem p;
   p.m = 3;

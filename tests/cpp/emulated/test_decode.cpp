@@ -175,7 +175,7 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
     }
     clusters += low.lead_clusters;
   }
-  const int idle_warps = emulated::random() % 2 == 0 ? 0 : 4;  // launch/spread.h
+  const int idle_warps = kLowRank || emulated::random() % 2 == 0 ? 0 : 4;  // launch/spread.h
   const auto run = [&](int index, int size) {
     emulated::run_cluster(
         index, clusters * splits, kTile.threads() + idle_warps * format::kLanes,
