@@ -113,18 +113,30 @@ struct LowRankReceiver : LowRankPlaces<kTile, kMode> {
   __device__ __forceinline__ void take(int& at) const {
     const LowRankArgs& low = args.low;
     ptx::Packet packets[kAtOnce];
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j)
-      if (at + j * format::kLanes < low.num_packets)
-        packets[j] = ptx::packet_load(low.packets + at + j * format::kLanes);
+    uint32_t to[kAtOnce];
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      if (at >= low.num_packets || packets[j].tag != low.token) return;
-      // a row of `projected` is longer by its padding
-      const int to = at * kPacketRanks + divide(at, low.packets_inverse) * (projected_pitch(low.rank) - low.rank);
-      ptx::store_shared_v2(this->projected() + to * kActBytes, packets[j].values);
-      at += format::kLanes;
+      const int i = at + j * format::kLanes;
+      packets[j].tag = low.token;
+      if (i < low.num_packets) packets[j] = ptx::packet_load(low.packets + i);
     }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = at + j * format::kLanes;
+      // a row of `projected` is longer by its padding
+      const int value = i * kPacketRanks + divide(i, low.packets_inverse) * (projected_pitch(low.rank) - low.rank);
+      to[j] = this->projected() + value * kActBytes;
+      asm volatile("" : "+r"(to[j]));  // while the packets are on their way
+    }
+    bool there = true;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) there &= packets[j].tag == low.token;
+    if (!there) return;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (at + j * format::kLanes < low.num_packets) ptx::store_shared_v2(to[j], packets[j].values);
+    }
+    at += kAtOnce * format::kLanes;
   }
 };
 
@@ -166,7 +178,6 @@ struct LowRankExpand : LowRankPlaces<kTile, kMode> {
     if (kMode == ScaleMode::kNone) scale(sums, warp, work.tile_n);
     const int ranks = args.low.rank;
     if (!this->corrects()) return;
-    ptx::mbarrier_wait(this->projected_full(), 0);
     if constexpr (kMode != ScaleMode::kNone) {
       if (this->packed()) {
         add_packed(sums, warp, work, turn);
@@ -174,6 +185,7 @@ struct LowRankExpand : LowRankPlaces<kTile, kMode> {
       }
     }
     if (warp.warp_k * kRankUnit >= ranks) return;
+    ptx::mbarrier_wait(this->projected_full(), 0);
     int lane = warp.lane;
     asm volatile("" : "+r"(lane));  // nothing below is worked out before the main loop, which has no registers for it
     const int g = lane / format::kLanesPerRow, c = lane % format::kLanesPerRow;
@@ -220,34 +232,52 @@ struct LowRankExpand : LowRankPlaces<kTile, kMode> {
       const int tile = at / format::kSliceSteps, step = at % format::kSliceSteps;
       // the halves of a column tile multiply the same ranks
       const int rank0 = tile * kTailRanks + step % (format::kSliceSteps / kHalves) * format::kStepCols;
-      ptx::FragB t[Warp::kBlocks];
-#pragma unroll
-      for (int q = 0; q < Warp::kBlocks; ++q) {
-        const int token = min(token0 + q * kMmaTokens, args.gemm.m - 1);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int rank = rank0 + i * kProjectRanks;
-          t[q].reg[i] = rank < ranks ? projected_pair(token, rank + 2 * c) : 0;
-        }
-      }
-      const uint32_t group = scales + (at * format::kStepCols >> args.gemm.group_shift) * kTile.block_n() * kActBytes;
+      if (rank0 >= ranks) continue;
+      ptx::FragA w[Warp::kSlices];
+      uint32_t e[Warp::kSlices];
 #pragma unroll
       for (int s = 0; s < Warp::kSlices; ++s) {
         const int slice = slice0 + s;
         const uint32_t from = this->up() + ((slice / Base::kRunSlices * args.low.tail + tile) * Base::kRunSlices +
                                             slice % Base::kRunSlices) *
                                                Warp::kSliceBytes;
-        const ptx::FragA w = Warp::codes_of_step(from, lane, step);
-        const uint32_t e = ptx::load_shared_32(from + Warp::kMetaOffset + lane * uint32_t{sizeof(uint2)} +
-                                               step / 2 * format::kWordBytes);
+        w[s] = Warp::codes_of_step(from, lane, step);
+        e[s] = ptx::load_shared_32(from + Warp::kMetaOffset + lane * uint32_t{sizeof(uint2)} +
+                                   step / 2 * format::kWordBytes);
+        asm volatile(""
+                     : "+r"(w[s].reg[0]), "+r"(w[s].reg[1]), "+r"(w[s].reg[2]),
+                       "+r"(w[s].reg[3]));  // ready before t is
+      }
+      uint32_t t_at[Warp::kBlocks];
+#pragma unroll
+      for (int q = 0; q < Warp::kBlocks; ++q) {
+        const int token = min(token0 + q * kMmaTokens, args.gemm.m - 1);
+        t_at[q] = this->projected() + (token * projected_pitch(ranks) + rank0 + 2 * c) * kActBytes;
+        asm volatile("" : "+r"(t_at[q]));
+      }
+      ptx::mbarrier_wait(this->projected_full(), 0);
+      ptx::FragB t[Warp::kBlocks];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool exists = rank0 + i * kProjectRanks < ranks;
+        const int to = exists ? i * kProjectRanks * kActBytes : 0;
+#pragma unroll
+        for (int q = 0; q < Warp::kBlocks; ++q) {
+          const uint32_t pair = ptx::load_shared_32(t_at[q] + to);
+          t[q].reg[i] = exists ? pair : 0;
+        }
+      }
+      const uint32_t group = scales + (at * format::kStepCols >> args.gemm.group_shift) * kTile.block_n() * kActBytes;
+#pragma unroll
+      for (int s = 0; s < Warp::kSlices; ++s) {
         Sums products;
 #pragma unroll
         for (int q = 0; q < Warp::kBlocks; ++q) {
           products.d[s][q] = {};
           if (step % 2 == 0) {
-            ptx::mma_sp<Act, 0>(products.d[s][q], w, t[q], e);
+            ptx::mma_sp<Act, 0>(products.d[s][q], w[s], t[q], e[s]);
           } else {
-            ptx::mma_sp<Act, 1>(products.d[s][q], w, t[q], e);
+            ptx::mma_sp<Act, 1>(products.d[s][q], w[s], t[q], e[s]);
           }
         }
         warp.template add_scaled<1>(sums, products, group, 0, s);

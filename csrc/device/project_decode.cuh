@@ -1,6 +1,6 @@
-// The first factor of a low-rank correction inside the decode kernel: t = acts * down^T (plan/low_rank.h), by blocks in front of the grid, 8 tokens
-// x 8 ranks x a share of k each: dense MMAs, operands straight from L2 into registers. Their sums go to the block of the last share, which
-// adds them in the order of the shares; t leaves it in packets of four values and a tag.
+// The first factor of a low-rank correction inside the decode kernel: t = acts * down^T (plan/low_rank.h), by blocks in front of the grid, a
+// tile's tokens x 8 ranks x a share of k each: dense MMAs, operands straight from L2 into registers. Their sums go to the block of the last
+// share, which adds them in the order of the shares; t leaves it in packets of four values and a tag.
 //
 // A packet's tag is the launch's random token. The block that has read it last clears it, so that a launch with the same token, of a graph's next
 // replay, finds none. A block waits for blocks of lower number alone, which start before it: however few run at once, those
@@ -40,16 +40,21 @@ struct LowRankCount {
 
 template <typename Act, TileDecode kTile>
 struct LowRankProject {
+  // Blocks of 8 tokens: rows g and g + 8 of the MMA's first operand.
+  static constexpr int kBlocks = kTile.token_blocks();
+  static_assert(kBlocks <= 2);
   // Units of columns that a warp loads at once, as many as the registers hold.
-  static constexpr int kAtOnce = kTile.threads() * kTile.blocks > 640 ? 4 : 8;
+  static constexpr int kAtOnce = kBlocks > 1 || kTile.threads() * kTile.blocks > 640 ? 4 : 8;
   static constexpr int kSums = 4;
   static constexpr int kProjected = 1;  // barrier: of the warps that project
   static constexpr int kWarps = kTile.warps();
   static constexpr int kUnitBytes = kProjectCols * kActBytes;
   static constexpr int kStep = kWarps * kUnitBytes;  // from a warp's unit to its next
+  static_assert(kWarps >= kMostShares - 1 && kWarps >= kBlocks);
 
   const KernelArgsDecode& args;
-  float2* const sums;  // in shared memory: [warp][lane]
+  float2* const
+      sums;  // in shared memory: [block of tokens][warp][lane], twice: of the block's warps, of the other shares
   const int share, rank0, token0;
   const int first, last;  // units of the share
 
@@ -57,15 +62,15 @@ struct LowRankProject {
   static __device__ __forceinline__ void run(const KernelArgsDecode& args, uint8_t* shared) {
     const LowRankArgs& low = args.low;
     const int share = blockIdx.x & ((1 << low.shares_log2) - 1), group = blockIdx.x >> low.shares_log2;
-    const int token_block = divide(group, low.rank_blocks_inverse);
-    if (token_block * kMmaTokens >= args.gemm.m) return;  // fills a cluster
-    const int rank0 = group * kProjectRanks - token_block * low.rank;
+    const int tile_m = divide(group, low.rank_blocks_inverse);
+    if (tile_m * kTile.block_m >= args.gemm.m) return;  // fills a cluster
+    const int rank0 = group * kProjectRanks - tile_m * low.rank;
     const int units = args.gemm.k / kProjectCols;  // k is a multiple of 64
     const LowRankProject mine{args,
                               reinterpret_cast<float2*>(shared),
                               share,
                               rank0,
-                              token_block * kMmaTokens,
+                              tile_m * kTile.block_m,
                               units * share >> low.shares_log2,
                               units * (share + 1) >> low.shares_log2};
     const int warp = threadIdx.x / format::kLanes, lane = threadIdx.x % format::kLanes;
@@ -74,8 +79,7 @@ struct LowRankProject {
       return;
     }
     mine.project(warp, lane);
-    ptx::named_barrier(kProjected, kWarps * format::kLanes);
-    if (warp == 0) mine.publish(lane);
+    mine.finish(warp, lane);
   }
 
   // The warp without a part in the product.
@@ -100,14 +104,18 @@ struct LowRankProject {
     int unit = first + warp;
     const int64_t at = unit * int64_t{kUnitBytes} + c * int64_t{sizeof(uint4)};
     const char* down = static_cast<const char*>(args.low.down) + (rank0 + g) * row_bytes() + at;
-    // tokens that do not exist: the last one again, its sums are not used
-    const char* acts =
-        static_cast<const char*>(args.gemm.params.acts) + min(token0 + g, args.gemm.m - 1) * row_bytes() + at;
+    const char* acts[kBlocks];
+#pragma unroll
+    for (int q = 0; q < kBlocks; ++q) {
+      // tokens that do not exist: the last one again, its sums are not used
+      const int token = min(token0 + q * kMmaTokens + g, args.gemm.m - 1);
+      acts[q] = static_cast<const char*>(args.gemm.params.acts) + token * row_bytes() + at;
+    }
     float d[kSums][4] = {};  // an MMA waits for the one before it with the same sums
     bool waited = false;
 #pragma unroll 1
     do {
-      uint4 a[kAtOnce], b[kAtOnce];
+      uint4 a[kAtOnce][kBlocks], b[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         b[i] = {};
@@ -117,70 +125,96 @@ struct LowRankProject {
       waited = true;
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        a[i] = {};
-        if (unit + i * kWarps < last) a[i] = ptx::load_global_v4(acts + i * kStep);
+#pragma unroll
+        for (int q = 0; q < kBlocks; ++q) {
+          a[i][q] = {};
+          if (unit + i * kWarps < last) a[i][q] = ptx::load_global_v4(acts[q] + i * kStep);
+        }
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const uint32_t low[4] = {a[i].x, 0, a[i].y, 0}, low_down[2] = {b[i].x, b[i].y};
-        const uint32_t high[4] = {a[i].z, 0, a[i].w, 0}, high_down[2] = {b[i].z, b[i].w};
+        uint4 other = {};
+        if (kBlocks > 1) other = a[i][kBlocks - 1];
+        const uint4& a0 = a[i][0];
+        const uint32_t low[4] = {a0.x, other.x, a0.y, other.y}, low_down[2] = {b[i].x, b[i].y};
+        const uint32_t high[4] = {a0.z, other.z, a0.w, other.w}, high_down[2] = {b[i].z, b[i].w};
         ptx::mma_16<Act>(d[2 * i % kSums], low, low_down);
         ptx::mma_16<Act>(d[(2 * i + 1) % kSums], high, high_down);
       }
       unit += kAtOnce * kWarps;
       down += kAtOnce * kStep;
-      acts += kAtOnce * kStep;
+#pragma unroll
+      for (int q = 0; q < kBlocks; ++q) acts[q] += kAtOnce * kStep;
     } while (unit < last);
-    sums[warp * format::kLanes + lane] = {d[0][0] + d[1][0] + (d[2][0] + d[3][0]),
-                                          d[0][1] + d[1][1] + (d[2][1] + d[3][1])};
+#pragma unroll
+    for (int q = 0; q < kBlocks; ++q) {
+      sums_at(q, warp)[lane] = {d[0][2 * q] + d[1][2 * q] + (d[2][2 * q] + d[3][2 * q]),
+                                d[0][2 * q + 1] + d[1][2 * q + 1] + (d[2][2 * q + 1] + d[3][2 * q + 1])};
+    }
   }
 
-  // The warps' sums in their order, of tokens x ranks (g, 2c) and (g, 2c + 1): to the block of the last share, which publishes the total.
-  // That those who multiply add the shares instead saves a way through memory, and costs as much as they look at more packets.
-  __device__ __forceinline__ void publish(int lane) const {
+  __device__ __forceinline__ float2* sums_at(int block, int warp) const {
+    return sums + (block * kWarps + warp) * format::kLanes;
+  }
+  __device__ __forceinline__ float2* others_at(int block, int share) const { return sums_at(kBlocks + block, share); }
+  static __device__ __forceinline__ float2 add(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
+
+  // The warps' sums in their order, of tokens x ranks (g, 2c) and (g, 2c + 1), by a warp for each block of tokens: to the block of the last
+  // share, which adds the shares and publishes the total. That those who multiply add the shares instead saves a way through memory, and
+  // costs as much as they look at more packets.
+  __device__ __forceinline__ void finish(int warp, int lane) const {
     const LowRankArgs& low = args.low;
-    float2 v = sums[lane];
+    const int others = (1 << low.shares_log2) - 1;
+    const int from =
+        kWarps - 1 - warp;  // the share whose sums this warp takes: not those that add, if there are enough
+    const int rank = rank0 + 2 * (lane % format::kLanesPerRow), token = token0 + lane / format::kLanesPerRow;
+    const auto sums_of = [&](int share, int q) {
+      const int share_packets = args.gemm.m * low.rank / kSumRanks;
+      return low.packets + low.num_packets + share * share_packets +
+             ((token + q * kMmaTokens) * low.rank + rank) / kSumRanks;
+    };
+    const auto exists = [&](int q) { return token + q * kMmaTokens < args.gemm.m; };
+    ptx::named_barrier(kProjected, kWarps * format::kLanes);
+    float2 v = {};
+    if (warp < kBlocks) {
+      v = sums_at(warp, 0)[lane];
 #pragma unroll
-    for (int i = 1; i < kWarps; ++i) v = add(v, sums[i * format::kLanes + lane]);
-    const int token = token0 + lane / format::kLanesPerRow, rank = rank0 + 2 * (lane % format::kLanesPerRow);
-    const bool exists = token < args.gemm.m;
-    const int share_packets = args.gemm.m * low.rank / kSumRanks;
-    ptx::Packet* of_sum = low.packets + low.num_packets + (token * low.rank + rank) / kSumRanks;
-    const int last = (1 << low.shares_log2) - 1;
-    if (share < last) {
-      if (exists)
-        ptx::packet_store(of_sum + share * share_packets, {__float_as_uint(v.x), __float_as_uint(v.y)}, low.token);
+      for (int i = 1; i < kWarps; ++i) v = add(v, sums_at(warp, i)[lane]);
+    }
+    if (share < others) {
+      if (warp < kBlocks && exists(warp))
+        ptx::packet_store(sums_of(share, warp), {__float_as_uint(v.x), __float_as_uint(v.y)}, low.token);
       return;
     }
-    if (exists && last > 0) v = add(others(of_sum, share_packets, last), v);
+    if (others > 0) {
+      if (from < others) {
+#pragma unroll
+        for (int q = 0; q < kBlocks; ++q)
+          if (exists(q)) others_at(q, from)[lane] = take(sums_of(from, q));
+      }
+      ptx::named_barrier(kProjected, kWarps * format::kLanes);
+    }
+    if (warp >= kBlocks) return;
+    if (others > 0) {
+      float2 before = others_at(warp, 0)[lane];
+#pragma unroll 1
+      for (int i = 1; i < others; ++i) before = add(before, others_at(warp, i)[lane]);
+      v = add(before, v);
+    }
     const uint32_t mine = Pair<Act>::of(v.x, v.y);
     const uint32_t right = __shfl_down_sync(~0u, mine, 1);
-    if (exists && lane % 2 == 0)
-      ptx::packet_store(low.packets + (token * low.rank + rank) / kPacketRanks, {mine, right}, low.token);
+    if (exists(warp) && lane % 2 == 0)
+      ptx::packet_store(low.packets + ((token + warp * kMmaTokens) * low.rank + rank) / kPacketRanks, {mine, right},
+                        low.token);
   }
-  static __device__ __forceinline__ float2 add(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
-  // The sum of the other shares' sums, in their order. Nobody else reads these packets.
-  __device__ __forceinline__ float2 others(ptx::Packet* of_sum, int share_packets, int count) const {
-    constexpr int kMost = kMostShares - 1;
-    ptx::Packet found[kMost];
-    bool all;
+  // Nobody else reads this packet.
+  __device__ __forceinline__ float2 take(ptx::Packet* of_sum) const {
+    ptx::Packet found;
     do {
-      all = true;
-#pragma unroll
-      for (int i = 0; i < kMost; ++i)
-        if (i < count) found[i] = ptx::packet_load(of_sum + i * share_packets);
-#pragma unroll
-      for (int i = 0; i < kMost; ++i)
-        if (i < count) all &= found[i].tag == args.low.token;
-    } while (!all);
-    float2 v = {};
-#pragma unroll
-    for (int i = 0; i < kMost; ++i) {
-      if (i >= count) break;
-      v = add(v, {__uint_as_float(found[i].values.x), __uint_as_float(found[i].values.y)});
-      ptx::packet_store(of_sum + i * share_packets, {}, 0);
-    }
-    return v;
+      found = ptx::packet_load(of_sum);
+    } while (found.tag != args.low.token);
+    ptx::packet_store(of_sum, {}, 0);
+    return {__uint_as_float(found.values.x), __uint_as_float(found.values.y)};
   }
 };
 

@@ -189,8 +189,9 @@ void build_decode(Candidate& c, const Problem& problem, const Device& device, in
   if (rank > 0) {
     p.rank = rank;
     p.tail = correction.tail();
-    p.shares = project_shares(project_groups(problem.m, rank), problem.k, p.grid, device.num_sms);
-    p.lead = lead_blocks(problem.m, rank, p.shares, splits);
+    const int groups = project_groups(problem.m, rank, tile);
+    p.shares = project_shares(groups, problem.k, p.grid, device.num_sms, tile);
+    p.lead = lead_blocks(groups, p.shares, splits);
     // Blocks that walk leave room for these, unless that makes a turn more: those that come later ask late for their weights.
     const auto turns = [tiles](int64_t blocks) { return (tiles + blocks - 1) / blocks; };
     if (splits == 1 && p.lead < most && turns(most - p.lead) == turns(most)) p.grid = std::min(tiles, most - p.lead);

@@ -5,7 +5,7 @@
 // in the first half of them where rank % 4 < 2, otherwise in the second half, 64 columns on. So every quad has two values, and what
 // this weight multiplies is t = acts * down^T, twice for every 64 ranks. It has scales of its own, in groups of the weight's size.
 //
-// The decode kernel: blocks in front of the grid project, t = acts * down^T, 8 tokens x 8 ranks x a share of k each.
+// The decode kernel: blocks in front of the grid project, t = acts * down^T, a tile's 8 or 16 tokens x 8 ranks x a share of k each.
 //   workspace  readers; packets (device/project_decode.cuh): four values of t each [token][rank / 4], then two sums each [share of k but
 //              the last][token][rank / 2]
 #pragma once
@@ -13,6 +13,7 @@
 
 #include "format/problem.h"
 #include "plan/smem_sm90.h"
+#include "plan/tiles_decode.h"
 #include "plan/workspace.h"
 
 namespace sparse_marlin {
@@ -41,15 +42,15 @@ struct Correction {
 // Values between two tokens of t in shared memory: pairs of 8 tokens lie in different banks.
 constexpr int projected_pitch(int rank) { return round_up(rank, 32) + 8; }
 
-// What is projected together: 8 tokens x 8 ranks.
-constexpr int project_groups(int64_t tokens, int rank) {
-  return rank / kProjectRanks * static_cast<int>((tokens + kMmaTokens - 1) / kMmaTokens);
+// What is projected together: the tokens of a tile x 8 ranks.
+constexpr int project_groups(int64_t tokens, int rank, const TileDecode& tile) {
+  return rank / kProjectRanks * static_cast<int>((tokens + tile.block_m - 1) / tile.block_m);
 }
 // Shares of k, a power of 2: a block should not have more columns to read than its warps load at once, about. Smaller ones are there earlier,
 // where the multiplication's `blocks` leave places. More blocks than SMs that project would only wait for each other.
 inline constexpr int kMostShares = 8;
-constexpr int project_shares(int groups, int64_t k, int64_t blocks, int num_sms) {
-  const int most_cols = blocks <= num_sms ? 1024 : 2048;
+constexpr int project_shares(int groups, int64_t k, int64_t blocks, int num_sms, const TileDecode& tile) {
+  const int most_cols = blocks <= num_sms || tile.token_blocks() > 1 ? 1024 : 2048;
   int shares = 1;
   while (shares < kMostShares && k / shares > most_cols && groups * 2 * shares <= num_sms) shares *= 2;
   return shares;
@@ -57,9 +58,7 @@ constexpr int project_shares(int groups, int64_t k, int64_t blocks, int num_sms)
 // Blocks that project, in whole clusters. They come on top of the multiplication's blocks, of which the planner leaves some out for them if
 // that makes no turn more; otherwise the last ones start when these have ended, and as blocks take output tiles in turn, those have the
 // fewest.
-constexpr int lead_blocks(int64_t tokens, int rank, int shares, int cluster) {
-  return round_up(project_groups(tokens, rank) * shares, cluster);
-}
+constexpr int lead_blocks(int groups, int shares, int cluster) { return round_up(groups * shares, cluster); }
 
 constexpr int num_packets(int64_t tokens, int rank) { return static_cast<int>(tokens) * rank / kPacketRanks; }
 constexpr int sum_packets(int64_t tokens, int rank, int shares) {

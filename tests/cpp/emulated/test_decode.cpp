@@ -91,8 +91,8 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
   Values<uint32_t> up_words(static_cast<int64_t>(up_packed.words.size()));
   std::copy(up_packed.words.begin(), up_packed.words.end(), up_words.data());
   std::memset(static_cast<void*>(out.all.data()), 0x7f, out.all.size() * sizeof(Act));  // an element not written shows
-  const int shares =
-      kLowRank ? project_shares(project_groups(m, rank), k, tiles_decode(problem, kTile) * splits, 132) : 0;
+  const int projected = project_groups(m, rank, kTile);
+  const int shares = kLowRank ? project_shares(projected, k, tiles_decode(problem, kTile) * splits, 132, kTile) : 0;
   std::vector<uint64_t> workspace(kLowRank ? low_rank_workspace_bytes(m, rank, shares) / sizeof(uint64_t) + 64 : 1,
                                   0x55);
 
@@ -149,7 +149,7 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
     low.num_packets = num_packets(m, rank);
     low.rank_blocks_inverse = device::inverse(rank / kProjectRanks);
     low.packets_inverse = device::inverse(rank / kPacketRanks);
-    low.lead = lead_blocks(m, rank, shares, splits);
+    low.lead = lead_blocks(projected, shares, splits);
     low.lead_clusters = low.lead / splits;
     low.step = clusters * splits;
     low.num_readers = clusters;
