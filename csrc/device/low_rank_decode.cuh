@@ -244,9 +244,8 @@ struct LowRankExpand : LowRankPlaces<kTile, kMode> {
         w[s] = Warp::codes_of_step(from, lane, step);
         e[s] = ptx::load_shared_32(from + Warp::kMetaOffset + lane * uint32_t{sizeof(uint2)} +
                                    step / 2 * format::kWordBytes);
-        asm volatile(""
-                     : "+r"(w[s].reg[0]), "+r"(w[s].reg[1]), "+r"(w[s].reg[2]),
-                       "+r"(w[s].reg[3]));  // ready before t is
+        // weights before t is there
+        asm volatile("" : "+r"(w[s].reg[0]), "+r"(w[s].reg[1]), "+r"(w[s].reg[2]), "+r"(w[s].reg[3]));
       }
       uint32_t t_at[Warp::kBlocks];
 #pragma unroll

@@ -51,10 +51,13 @@ struct LowRankProject {
   static constexpr int kUnitBytes = kProjectCols * kActBytes;
   static constexpr int kStep = kWarps * kUnitBytes;  // from a warp's unit to its next
   static_assert(kWarps >= kMostShares - 1 && kWarps >= kBlocks);
+  // what the block has of shared memory, whatever the plan
+  static_assert(2 * kBlocks * format::kLanes * int{sizeof(float2)} <=
+                kMinStagesDecode * kTile.turn_cols * kTile.slices * format::slice_bytes(4));
 
   const KernelArgsDecode& args;
-  float2* const
-      sums;  // in shared memory: [block of tokens][warp][lane], twice: of the block's warps, of the other shares
+  // In shared memory, [block of tokens][warp][lane], twice: of the block's warps, of the other shares.
+  float2* const sums;
   const int share, rank0, token0;
   const int first, last;  // units of the share
 
@@ -165,8 +168,8 @@ struct LowRankProject {
   __device__ __forceinline__ void finish(int warp, int lane) const {
     const LowRankArgs& low = args.low;
     const int others = (1 << low.shares_log2) - 1;
-    const int from =
-        kWarps - 1 - warp;  // the share whose sums this warp takes: not those that add, if there are enough
+    // the share whose sums this warp takes; the warps that add take the last ones, if any
+    const int from = kWarps - 1 - warp;
     const int rank = rank0 + 2 * (lane % format::kLanesPerRow), token = token0 + lane / format::kLanesPerRow;
     const auto sums_of = [&](int share, int q) {
       const int share_packets = args.gemm.m * low.rank / kSumRanks;
