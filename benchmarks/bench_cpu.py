@@ -28,7 +28,7 @@ from sparse_marlin import testing
 RESULTS = Path(__file__).parent / "results"
 SHAPES = [(4096, 4096), (4096, 14336)]  # N, K
 TOKENS = [1, 4, 16, 64, 256]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 WARM_UP = 2
 MIN_CALLS = 5
 
@@ -79,21 +79,18 @@ def measure(n: int, k: int, args: argparse.Namespace) -> list[dict[str, object]]
     return rows
 
 
-def row_names() -> list[str]:
-    return [name for dtype in DTYPES for name in (f"torch_{dtype}", dtype)]
-
-
 def show(rows: list[dict], title: str) -> None:
-    table = Table(title=title)
-    names = [f"{name} ms" for name in row_names()] + [f"{name} speedup" for name in DTYPES]
-    for column in ("N", "K", "M", *names):
+    table = Table(title=title, caption="milliseconds, of torch's linear of the same type, speed-up")
+    for column in ("N", "K", "M", *DTYPES):
         table.add_column(column, justify="right")
     for row in rows:
         times, speedup = row["times"], row["speedup_over_torch"]
         table.add_row(
             *(str(row[key]) for key in ("n", "k", "m")),
-            *(f"{times[name]['median_ms']:.2f}" for name in row_names()),
-            *(f"{speedup[name]:.1f}x" for name in DTYPES),
+            *(
+                f"{times[name]['median_ms']:.3g} {times[f'torch_{name}']['median_ms']:.3g} {speedup[name]:.1f}x"
+                for name in DTYPES
+            ),
         )
     Console().print(table)
 
