@@ -346,8 +346,9 @@ def test_plans_with_a_correction(n, k, m, rank):
         assert plan.predicted_us + 12 <= fastest_with_correction(problem, rank)
         return
     assert (plan.rank, tile.kernel) == (rank, "decode")
-    assert plan.lead > 0
-    assert plan.lead % plan.splits == 0
+    project = rank // 8 * -(-m // tile.block_m) * plan.shares  # a tile's tokens x 8 ranks x a share of k each
+    assert plan.shares in (1, 2, 4, 8)
+    assert plan.lead == -(-project // plan.splits) * plan.splits
     assert (plan.grid - plan.lead) % plan.splits == 0
     multiply, most = plan.grid - plan.lead, _core.plan_with_tile(problem, H100, plan.tile, plan.splits).grid
     assert most - plan.lead <= multiply <= most  # some may leave room for those that project
