@@ -109,7 +109,7 @@ struct LowRankReceiver : LowRankPlaces<kTile, kMode> {
     while (!begun) begun = count.has_begun();
     return count.add();
   }
-  // A lane's next packets, as far as they are there.
+  // A lane's next packets, once all of them are there.
   __device__ __forceinline__ void take(int& at) const {
     const LowRankArgs& low = args.low;
     ptx::Packet packets[kAtOnce];

@@ -46,8 +46,9 @@ constexpr int projected_pitch(int rank) { return round_up(rank, 32) + 8; }
 constexpr int project_groups(int64_t tokens, int rank, const TileDecode& tile) {
   return rank / kProjectRanks * static_cast<int>((tokens + tile.block_m - 1) / tile.block_m);
 }
-// Shares of k, a power of 2: a block should not have more columns to read than its warps load at once, about. Smaller ones are there earlier,
-// where the multiplication's `blocks` leave places. More blocks than SMs that project would only wait for each other.
+// Shares of k, a power of 2: a block should not have more columns to read than its warps load at once, about: 2048, and half as many where
+// they load twice the tokens. Smaller ones are there earlier, where the multiplication's `blocks` leave places. More blocks than SMs that
+// project would only wait for each other.
 inline constexpr int kMostShares = 8;
 constexpr int project_shares(int groups, int64_t k, int64_t blocks, int num_sms, const TileDecode& tile) {
   const int most_cols = blocks <= num_sms || tile.token_blocks() > 1 ? 1024 : 2048;

@@ -32,8 +32,5 @@ __device__ __forceinline__ void store_shared_v4(uint32_t address, uint4 v) {
 __device__ __forceinline__ void store_shared_v2(uint32_t address, uint2 v) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(v.x), "r"(v.y) : "memory");
 }
-__device__ __forceinline__ void store_shared_32(uint32_t address, uint32_t v) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
-}
 
 }  // namespace sparse_marlin::ptx

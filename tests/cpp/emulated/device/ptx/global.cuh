@@ -8,6 +8,5 @@ inline uint4 load_global_v4(const void* from) {
   return *static_cast<const uint4*>(from);
 }
 inline void store_shared_v2(uint32_t address, uint2 v) { emulated::store(address, v); }
-inline void store_shared_32(uint32_t address, uint32_t v) { emulated::store(address, v); }
 
 }  // namespace sparse_marlin::ptx
