@@ -126,11 +126,13 @@ def test_a_hundred_runs_of_real_layers(cuda, n, k, m):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 16])
-def test_a_graph_replayed_with_changing_inputs(cuda, m):
+@pytest.mark.parametrize("k", [4096, 14336])
+def test_a_graph_replayed_with_changing_inputs(cuda, k, m):
     """The same token and the same workspace every time: what a replay leaves must not be taken for the next one's."""
     need_kernel("decode")
-    layer = Corrected(4096, 4096, 64, device=cuda)
-    inputs = [smt.activations(m, 4096, dtype=torch.float16, seed=seed, device=cuda) for seed in range(5)]
+    layer = Corrected(4096, k, 64, device=cuda)
+    assert layer.plan(m).behind == (k == 14336)
+    inputs = [smt.activations(m, k, dtype=torch.float16, seed=seed, device=cuda) for seed in range(5)]
     wanted = [layer(a) for a in inputs]
     assert not torch.equal(wanted[0], wanted[1])
     static = inputs[0].clone()
@@ -145,6 +147,55 @@ def test_a_graph_replayed_with_changing_inputs(cuda, m):
             graph.replay()
         for i, out in enumerate(outs):
             assert_same_on_gpu(out, wanted[replay % 5], f"replay {replay}, call {i}")
+
+
+SPIN = """
+__device__ long long now() {
+  long long ns;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
+  return ns;
+}
+extern "C" __global__ void spin(int ms) {
+  const long long end = now() + ms * 1000000LL;
+  while (now() < end) {
+  }
+}
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 8, 16])
+def test_blocks_that_project_and_find_no_place(cuda, m):
+    """They come behind those that multiply, and another kernel leaves each SM one place: those that multiply do without
+    them, with the same bits, and what comes too late is not there for the next replay."""
+    need_kernel("decode")
+    layer = Corrected(4096, 14336, 64, device=cuda)
+    plan = layer.plan(m)
+    assert plan.behind
+    assert plan.lead > 8
+    inputs = [smt.activations(m, 14336, dtype=torch.float16, seed=seed, device=cuda) for seed in range(3)]
+    wanted = [layer(a) for a in inputs]
+    static = inputs[0].clone()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [layer(static) for _ in range(3)]
+    spin = torch.cuda._compile_kernel(
+        SPIN, "spin"
+    )  # half of an SM's threads each, and a quarter of its registers or more
+    beside, spun, done = torch.cuda.Stream(), torch.cuda.Event(), torch.cuda.Event()
+    for replay in range(9):
+        static.copy_(inputs[replay % 3])
+        torch.cuda.synchronize()
+        if replay % 3 != 1:
+            spin((torch.cuda.get_device_properties(cuda).multi_processor_count, 1, 1), (1024, 1, 1), (300,), 0, beside)
+            spun.record(beside)
+        graph.replay()
+        done.record()
+        done.synchronize()
+        assert replay % 3 == 1 or not spun.query(), "it waited for the other kernel's end"
+        for i, out in enumerate(outs):
+            assert_same_on_gpu(out, wanted[replay % 3], f"replay {replay}, call {i}")
 
 
 def chain_of(device: torch.device) -> list[Corrected]:
@@ -181,10 +232,11 @@ def test_a_chain_of_dependent_launches(cuda, m):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 16])
-def test_two_streams_and_two_graphs_at_once(cuda, m):
+@pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 14336)])
+def test_two_streams_and_two_graphs_at_once(cuda, n, k, m):
     need_kernel("decode")
-    layers = [Corrected(6144, 4096, 64, device=cuda, seed=s) for s in (0, 1)]
-    inputs = [smt.activations(m, 4096, dtype=torch.float16, seed=s, device=cuda) for s in (2, 3)]
+    layers = [Corrected(n, k, 64, device=cuda, seed=s) for s in (0, 1)]
+    inputs = [smt.activations(m, k, dtype=torch.float16, seed=s, device=cuda) for s in (2, 3)]
     wanted = [layer.by(a, layer.plan(m).tile, 0, False) for layer, a in zip(layers, inputs, strict=True)]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()

@@ -8,13 +8,10 @@
 
 namespace sparse_marlin::device {
 
-// Registers of a thread, at most: an SM holds t.blocks blocks. No launch bounds, since a launch may bring idle warps
-// (launch/spread.h). With small groups the widest tile with a correction and, with 8 bits, the one of most warps have no registers left
-// for two blocks.
+// Registers of a thread, at most. No launch bounds, since a launch may bring idle warps (launch/spread.h).
 constexpr int max_registers(const TileDecode& t, int num_bits, ScaleMode mode, bool low_rank) {
-  const bool large = (low_rank && t.slices == 4) || (num_bits == 8 && t.warps() > 8);
-  const int blocks = large && mode == ScaleMode::kSteps ? 1 : t.blocks;
-  const int warps = (blocks * t.threads() / format::kLanes + kSchedulers - 1) / kSchedulers;
+  const int warps =
+      (blocks_decode(t, num_bits, mode, low_rank) * t.threads() / format::kLanes + kSchedulers - 1) / kSchedulers;
   return kSchedulerRegisters / format::kLanes / warps / kRegisterUnit * kRegisterUnit;
 }
 
@@ -36,8 +33,9 @@ __global__ void __maxnreg__(max_registers(kTilesDecode[kTileIndex], kBits, kMode
   const uint32_t unaligned = ptx::smem_address(shared);
   const uint32_t smem = (unaligned + kSwizzleAlign - 1) & ~uint32_t{kSwizzleAlign - 1};
   if constexpr (kLowRank) {
-    if (static_cast<int>(blockIdx.x) < args.low.lead) {
-      LowRankProject<Act, kTile>::run(args, shared);
+    const int lead = static_cast<int>(blockIdx.x) - args.low.first_lead;
+    if (lead >= 0 && lead < args.low.lead) {
+      LowRankProject<Act, kTile>::run(args, lead, shared);
       return;
     }
   }
@@ -68,7 +66,9 @@ __global__ void __maxnreg__(max_registers(kTilesDecode[kTileIndex], kBits, kMode
     if (asks && Loader::kScaled) ptx::prefetch_map(&args.scales_map);
     if (asks && kLowRank) ptx::prefetch_map(&args.up_map);
     if constexpr (kLowRank) {
-      if (asks && LowRankPlaces<kTile, kMode>::corrects()) LowRankPlaces<kTile, kMode>{{args, smem}}.begin();
+      const LowRankPlaces<kTile, kMode> low{{args, smem}};
+      if (asks) low.ask_down();
+      if (asks && low.corrects()) low.begin();
     }
     if (asks) asked = loader.prepare();
     if (asks && args.gemm.splits > 1) loader.expect_sums();
@@ -89,7 +89,7 @@ __global__ void __maxnreg__(max_registers(kTilesDecode[kTileIndex], kBits, kMode
   if (loads) {
     if constexpr (kLowRank) {
       if (LowRankPlaces<kTile, kMode>::corrects()) {
-        const LowRankReceiver<kTile, kMode> receiver{{{args, smem}}};
+        const LowRankReceiver<Act, kTile, kMode> receiver{{{args, smem}}};
         const int before = receiver.run(loader, asked, asks, lane);
         __syncwarp();
         if (asks) loader.run(asked);

@@ -26,7 +26,7 @@ struct RingPlace {
 };
 
 // Where things lie, and which output tiles the block works on.
-// kLowRank: with a low-rank correction (device/low_rank_decode.cuh), whose blocks in front take no part in what follows.
+// kLowRank: with a low-rank correction (device/low_rank_decode.cuh), whose blocks that project take no part in what follows.
 template <TileDecode kTile, ScaleMode kMode, bool kLowRank>
 struct DecodePlaces {
   static constexpr bool kScaled = kMode != ScaleMode::kNone;
@@ -37,7 +37,7 @@ struct DecodePlaces {
   // cluster of its own, and walks over output tiles.
   __device__ __forceinline__ int first_tile() const {
     const int cluster = args.start.splits == 1 ? static_cast<int>(blockIdx.x) : ptx::cluster_id();
-    if constexpr (kLowRank) return cluster - args.low.lead_clusters;
+    if constexpr (kLowRank) return cluster - args.low.first_cluster;
     return cluster;
   }
   // From one output tile of a block to its next.
@@ -157,9 +157,9 @@ struct DecodeLoader : DecodePlaces<kTile, kMode, kLowRank> {
   // multiplication asks, which may have norms or attention before it.
   __device__ __forceinline__ void ask_next() const {
     constexpr uint32_t kPiece = 4 << 10;
-    const uint32_t lead = kLowRank ? args.low.lead : 0, step = (gridDim.x - lead) * kPiece;
+    const uint32_t first = kLowRank ? args.low.first_cluster * args.start.splits : 0, step = this->step() * kPiece;
 #pragma unroll 1
-    for (uint32_t at = (blockIdx.x - lead) * kPiece; at < args.next.bytes; at += step)
+    for (uint32_t at = (blockIdx.x - first) * kPiece; at < args.next.bytes; at += step)
       ptx::bulk_prefetch(args.next.start + at, min(kPiece, args.next.bytes - at));
   }
 };

@@ -1,8 +1,8 @@
 // The low-rank correction inside the decode kernel: out += (acts * down^T) * up^T, for few tokens (plan/low_rank.h).
 //
-//   project  blocks in front of the grid: t = acts * down^T, which leaves them in packets (device/project_decode.cuh)
+//   project  blocks of their own: t = acts * down^T, which leaves them in packets (device/project_decode.cuh)
 //   receive  in the others, the warp that loads, once it has asked for all of its first output tile, looks for the packets and puts t into
-//            shared memory
+//            shared memory. Where those that project come behind, it does so a while; then it works t out itself, the same to the bit
 //   expand   at the end of an output tile each warp adds its part of up * t to its sums, as if k were longer: dense MMAs, or, where `up`
 //            is packed, sparse ones like those of the weight, a step of 32 columns a warp
 //
@@ -34,6 +34,12 @@ struct LowRankPlaces : DecodePlaces<kTile, kMode, true> {
     ptx::mbarrier_init(projected_full(), format::kLanes);
     ptx::mbarrier_init_fence();
     ask_up(this->first_tile());
+  }
+  // One thread's: its block's piece of `down` into L2, for those that project and come behind.
+  __device__ __forceinline__ void ask_down() const {
+    const uint32_t piece = args.low.down_piece, at = blockIdx.x * piece;
+    const uint32_t bytes = static_cast<uint32_t>(args.low.rank) * args.gemm.k * kActBytes;
+    if (piece > 0 && at < bytes) ptx::prefetch_l2(static_cast<const char*>(args.low.down) + at, min(piece, bytes - at));
   }
   // A packed `up` has groups, so that of a channelwise weight is dense.
   __device__ __forceinline__ bool packed() const { return kMode != ScaleMode::kNone && args.low.tail > 0; }
@@ -76,7 +82,7 @@ struct LowRankPlaces : DecodePlaces<kTile, kMode, true> {
 };
 
 // The warp that loads, between and after its requests.
-template <TileDecode kTile, ScaleMode kMode>
+template <typename Act, TileDecode kTile, ScaleMode kMode>
 struct LowRankReceiver : LowRankPlaces<kTile, kMode> {
   using Base = LowRankPlaces<kTile, kMode>;
   using Base::args;
@@ -91,14 +97,20 @@ struct LowRankReceiver : LowRankPlaces<kTile, kMode> {
     if (asks) loader.run_tile(asked);
     __syncwarp();
     const LowRankCount count{args.low};
-    bool begun;
+    bool begun, alone = false;
     int at = lane;  // this lane's next packet
+    int looks = args.low.patience;
 #pragma unroll 1
     while (true) {
       const int before = at;
       begun = count.has_begun();
       take(at);
       if (__all_sync(~0u, at >= args.low.num_packets)) break;
+      if (looks > 0 && --looks == 0) {
+        LowRankProject<Act, kTile>::run_alone(args, this->projected(), lane);
+        alone = true;
+        break;
+      }
       if (asks) loader.ask_where_free(asked);
       __syncwarp();
       // hundreds of blocks look at the same bytes, which keeps weights from coming
@@ -106,6 +118,7 @@ struct LowRankReceiver : LowRankPlaces<kTile, kMode> {
     }
     ptx::mbarrier_arrive(this->projected_full());
     if (lane > 0) return 0;
+    if (alone) count.begin();
     while (!begun) begun = count.has_begun();
     return count.add();
   }

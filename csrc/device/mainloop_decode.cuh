@@ -84,7 +84,9 @@ struct DecodeWarp : DecodePlaces<kTile, kMode, kLowRank> {
   // When the last bytes are asked for: the memory is then busy until this kernel ends, and the next one's requests come behind. Earlier,
   // they would fill its ring at this one's cost, and the memory would rest at its end. That may be before this kernel's own wait.
   __device__ __forceinline__ void let_next_start(const Stream& s) const {
-    if (s.tile >= args.start.tiles && warp_k == 0 && warp_n == 0) ptx::grid_launch_dependents();
+    bool last = s.tile >= args.start.tiles;
+    if constexpr (kLowRank) last = last || (s.left <= args.low.early && s.tile + this->step() >= args.start.tiles);
+    if (last && warp_k == 0 && warp_n == 0) ptx::grid_launch_dependents();
   }
   __device__ __forceinline__ RingPlace first_stage() const { return {ring, arrived}; }
   __device__ __forceinline__ void advance_stage(RingPlace& stage) const {

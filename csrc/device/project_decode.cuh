@@ -1,10 +1,11 @@
-// The first factor of a low-rank correction inside the decode kernel: t = acts * down^T (plan/low_rank.h), by blocks in front of the grid, a
+// The first factor of a low-rank correction inside the decode kernel: t = acts * down^T (plan/low_rank.h), by blocks of their own, a
 // tile's tokens x 8 ranks x a share of k each: dense MMAs, operands straight from L2 into registers. Their sums go to the block of the last
 // share, which adds them in the order of the shares; t leaves it in packets of four values and a tag.
 //
-// A packet's tag is the launch's random token. The block that has read it last clears it, so that a launch with the same token, of a graph's next
+// A packet's tag is the launch's random token. Who needs it last clears it, so that a launch with the same token, of a graph's next
 // replay, finds none. A block waits for blocks of lower number alone, which start before it: however few run at once, those
-// it waits for do.
+// it waits for do. But for one: where the blocks that project come behind, those that multiply wait for them a while, and then do
+// without; else they could keep them from starting for ever, where other kernels have all other places.
 #pragma once
 #include "device/mainloop_decode.cuh"
 #include "device/ptx/global.cuh"
@@ -13,28 +14,35 @@
 
 namespace sparse_marlin::device {
 
-// Blocks that have t: the last one clears its packets. A fence takes as long as a way to memory and back, so neither t nor the end of the launch
-// waits for one: whoever counts has seen that the counter was cleared, and has the values of its packets.
+// Those that need the packets of t no more: blocks that have it or do without, and where some may do without, the warps that hand it out.
+// The last one clears the packets. A fence takes as long as a way to memory and back, so neither t nor the end of the launch
+// waits for one: whoever counts has seen that the counter was cleared, and has the values of its packets, or has worked them out.
 struct LowRankCount {
   const LowRankArgs& low;
 
-  // In the workspace, behind the counter: it counts from 0.
-  __device__ __forceinline__ ptx::Packet* begun() const { return reinterpret_cast<ptx::Packet*>(low.readers) + 1; }
-  // One thread's, after the wait for the kernel before.
+  // In the workspace, behind the counter: the launch whose count has an owner, who begins it; and that it counts from 0.
+  __device__ __forceinline__ unsigned long long* owner() const {
+    return reinterpret_cast<unsigned long long*>(low.count) + 1;
+  }
+  __device__ __forceinline__ ptx::Packet* begun() const { return reinterpret_cast<ptx::Packet*>(low.count) + 1; }
+  // One thread's, after the wait for the kernel before: of the first block that projects, and where some do without, of any of these.
   __device__ __forceinline__ void begin() const {
-    *low.readers = 0;
+    if (low.patience > 0 && atomicExch(owner(), low.token) == low.token) return;
+    *low.count = 0;
     __threadfence();
     ptx::packet_store(begun(), {}, low.token);
   }
   __device__ __forceinline__ bool has_begun() const { return ptx::packet_load(begun()).tag == low.token; }
-  // One thread's. How many blocks came before.
-  __device__ __forceinline__ int add() const { return static_cast<int>(atomicAdd(low.readers, 1u)); }
+  // One thread's. How many came before.
+  __device__ __forceinline__ int add() const { return static_cast<int>(atomicAdd(low.count, 1u)); }
   // A warp's; before: lane 0 has it.
   __device__ __forceinline__ void clear_if_last(int before, int lane) const {
-    if (__shfl_sync(~0u, before, 0) != low.num_readers - 1) return;
+    if (__shfl_sync(~0u, before, 0) != low.num_counted - 1) return;
 #pragma unroll 1
     for (int i = lane; i < low.num_packets; i += format::kLanes) ptx::packet_store(low.packets + i, {}, 0);
-    if (lane == 0) ptx::packet_store(begun(), {}, 0);
+    if (lane > 0) return;
+    ptx::packet_store(begun(), {}, 0);
+    if (low.patience > 0) *owner() = 0;
   }
 };
 
@@ -59,26 +67,23 @@ struct LowRankProject {
   // In shared memory, [block of tokens][warp][lane], twice: of the block's warps, of the other shares.
   float2* const sums;
   const int share, rank0, token0;
-  const int first, last;  // units of the share
 
-  // All threads of the block; `shared`: its dynamic shared memory.
-  static __device__ __forceinline__ void run(const KernelArgsDecode& args, uint8_t* shared) {
+  // Units of the share: from this to that of the next one.
+  __device__ __forceinline__ int first_unit(int share) const {
+    return args.gemm.k / kProjectCols * share >> args.low.shares_log2;  // k is a multiple of 64
+  }
+
+  // All threads of block `index` of those that project; `shared`: its dynamic shared memory.
+  static __device__ __forceinline__ void run(const KernelArgsDecode& args, int index, uint8_t* shared) {
     const LowRankArgs& low = args.low;
-    const int share = blockIdx.x & ((1 << low.shares_log2) - 1), group = blockIdx.x >> low.shares_log2;
+    const int share = index & ((1 << low.shares_log2) - 1), group = index >> low.shares_log2;
     const int tile_m = divide(group, low.rank_blocks_inverse);
     if (tile_m * kTile.block_m >= args.gemm.m) return;  // fills a cluster
     const int rank0 = group * kProjectRanks - tile_m * low.rank;
-    const int units = args.gemm.k / kProjectCols;  // k is a multiple of 64
-    const LowRankProject mine{args,
-                              reinterpret_cast<float2*>(shared),
-                              share,
-                              rank0,
-                              tile_m * kTile.block_m,
-                              units * share >> low.shares_log2,
-                              units * (share + 1) >> low.shares_log2};
+    const LowRankProject mine{args, reinterpret_cast<float2*>(shared), share, rank0, tile_m * kTile.block_m};
     const int warp = threadIdx.x / format::kLanes, lane = threadIdx.x % format::kLanes;
     if (warp == kWarps) {
-      mine.prepare(lane);
+      mine.prepare(index, lane);
       return;
     }
     mine.project(warp, lane);
@@ -86,12 +91,13 @@ struct LowRankProject {
   }
 
   // The warp without a part in the product.
-  __device__ __forceinline__ void prepare(int lane) const {
+  __device__ __forceinline__ void prepare(int index, int lane) const {
+    const int first = first_unit(share), last = first_unit(share + 1);
     if (lane < kProjectRanks && first < last)
       ptx::prefetch_l2(static_cast<const char*>(args.low.down) + (rank0 + lane) * row_bytes() + first * kUnitBytes,
                        (last - first) * kUnitBytes);
     begin();  // the workspace, too, may still be in use by the kernel before
-    if (blockIdx.x == 0 && lane == 0) LowRankCount{args.low}.begin();
+    if (index == 0 && lane == 0) LowRankCount{args.low}.begin();
   }
   static __device__ __forceinline__ void begin() {
     ptx::grid_dependency_wait();
@@ -99,12 +105,21 @@ struct LowRankProject {
   }
   __device__ __forceinline__ int64_t row_bytes() const { return int64_t{args.gemm.k} * kActBytes; }
 
-  // Sums of the warp's units: all their operands that the registers hold are asked for before the first is used, `down` before the wait for
-  // the kernel before, on which it does not depend. The lanes' columns are neighbours, not those of the MMA's definition: the same for both
-  // operands, so that the sum is the same.
+  // Its block's part of a warp: what `sum` says.
   __device__ __forceinline__ void project(int warp, int lane) const {
-    const int g = lane / format::kLanesPerRow, c = lane % format::kLanesPerRow;
-    int unit = first + warp;
+    float2 v[kBlocks];
+    sum<kAtOnce>(
+        share, warp, lane, [] { begin(); }, v);
+#pragma unroll
+    for (int q = 0; q < kBlocks; ++q) sums_at(q, warp)[lane] = v[q];
+  }
+  // Sums of the warp's units of a share: all their operands that the registers hold are asked for before the first is used, `down` before the wait for
+  // the kernel before, on which it does not depend. The lanes' columns are neighbours, not those of the MMA's definition: the same for both
+  // operands, so that the sum is the same; it is, too, however many units are loaded at once, an even number.
+  template <int kUnits, typename Wait>
+  __device__ __forceinline__ void sum(int share, int warp, int lane, const Wait& wait, float2 (&v)[kBlocks]) const {
+    const int g = lane / format::kLanesPerRow, c = lane % format::kLanesPerRow, last = first_unit(share + 1);
+    int unit = first_unit(share) + warp;
     const int64_t at = unit * int64_t{kUnitBytes} + c * int64_t{sizeof(uint4)};
     const char* down = static_cast<const char*>(args.low.down) + (rank0 + g) * row_bytes() + at;
     const char* acts[kBlocks];
@@ -118,16 +133,16 @@ struct LowRankProject {
     bool waited = false;
 #pragma unroll 1
     do {
-      uint4 a[kAtOnce][kBlocks], b[kAtOnce];
+      uint4 a[kUnits][kBlocks], b[kUnits];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
+      for (int i = 0; i < kUnits; ++i) {
         b[i] = {};
         if (unit + i * kWarps < last) b[i] = ptx::load_global_v4(down + i * kStep);
       }
-      if (!waited) begin();
+      if (!waited) wait();
       waited = true;
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
+      for (int i = 0; i < kUnits; ++i) {
 #pragma unroll
         for (int q = 0; q < kBlocks; ++q) {
           a[i][q] = {};
@@ -135,7 +150,7 @@ struct LowRankProject {
         }
       }
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
+      for (int i = 0; i < kUnits; ++i) {
         uint4 other = {};
         if (kBlocks > 1) other = a[i][kBlocks - 1];
         const uint4& a0 = a[i][0];
@@ -144,15 +159,15 @@ struct LowRankProject {
         ptx::mma_16<Act>(d[2 * i % kSums], low, low_down);
         ptx::mma_16<Act>(d[(2 * i + 1) % kSums], high, high_down);
       }
-      unit += kAtOnce * kWarps;
-      down += kAtOnce * kStep;
+      unit += kUnits * kWarps;
+      down += kUnits * kStep;
 #pragma unroll
-      for (int q = 0; q < kBlocks; ++q) acts[q] += kAtOnce * kStep;
+      for (int q = 0; q < kBlocks; ++q) acts[q] += kUnits * kStep;
     } while (unit < last);
 #pragma unroll
     for (int q = 0; q < kBlocks; ++q) {
-      sums_at(q, warp)[lane] = {d[0][2 * q] + d[1][2 * q] + (d[2][2 * q] + d[3][2 * q]),
-                                d[0][2 * q + 1] + d[1][2 * q + 1] + (d[2][2 * q + 1] + d[3][2 * q + 1])};
+      v[q] = {d[0][2 * q] + d[1][2 * q] + (d[2][2 * q] + d[3][2 * q]),
+              d[0][2 * q + 1] + d[1][2 * q + 1] + (d[2][2 * q + 1] + d[3][2 * q + 1])};
     }
   }
 
@@ -209,6 +224,18 @@ struct LowRankProject {
     if (exists(warp) && lane % 2 == 0)
       ptx::packet_store(low.packets + ((token + warp * kMmaTokens) * low.rank + rank) / kPacketRanks, {mine, right},
                         low.token);
+    if (low.patience == 0) return;
+    // who does without does not see that these packets have come, so whoever clears them must not do so before
+    const LowRankCount count{low};
+    __threadfence();
+    __syncwarp();
+    int before = 0;
+    if (lane == 0) {
+      while (!count.has_begun()) {
+      }
+      before = count.add();
+    }
+    count.clear_if_last(before, lane);
   }
   // Nobody else reads this packet.
   __device__ __forceinline__ float2 take(ptx::Packet* of_sum) const {
@@ -218,6 +245,40 @@ struct LowRankProject {
     } while (found.tag != args.low.token);
     ptx::packet_store(of_sum, {}, 0);
     return {__uint_as_float(found.values.x), __uint_as_float(found.values.y)};
+  }
+
+  // All of t by one warp of a block that multiplies, into its shared memory, [token][rank + padding]: the sums of all warps of all shares, added
+  // in the same order. That it takes hundreds of microseconds is nothing beside what it is for.
+  static __device__ __forceinline__ void run_alone(const KernelArgsDecode& args, uint32_t projected, int lane) {
+    const int shares = 1 << args.low.shares_log2;
+#pragma unroll 1
+    for (int token0 = 0; token0 < args.gemm.m; token0 += kTile.block_m) {
+#pragma unroll 1
+      for (int rank0 = 0; rank0 < args.low.rank; rank0 += kProjectRanks) {
+        const LowRankProject mine{args, nullptr, 0, rank0, token0};
+        float2 total[kBlocks], of_share[kBlocks];
+#pragma unroll 1
+        for (int i = 0; i < shares * kWarps; ++i) {
+          const int warp = i % kWarps;
+          float2 v[kBlocks];
+          mine.template sum<2>(
+              i / kWarps, warp, lane, [] {}, v);  // few registers
+#pragma unroll
+          for (int q = 0; q < kBlocks; ++q) {
+            of_share[q] = warp == 0 ? v[q] : add(of_share[q], v[q]);
+            if (warp == kWarps - 1) total[q] = i < kWarps ? of_share[q] : add(total[q], of_share[q]);
+          }
+        }
+        const int rank = rank0 + 2 * (lane % format::kLanesPerRow), token = token0 + lane / format::kLanesPerRow;
+#pragma unroll
+        for (int q = 0; q < kBlocks; ++q) {
+          const uint32_t pair = Pair<Act>::of(total[q].x, total[q].y), right = __shfl_down_sync(~0u, pair, 1);
+          const int row = token + q * kMmaTokens;
+          if (row < args.gemm.m && lane % 2 == 0)
+            ptx::store_shared_v2(projected + (row * projected_pitch(args.low.rank) + rank) * kActBytes, {pair, right});
+        }
+      }
+    }
   }
 };
 

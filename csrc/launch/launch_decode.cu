@@ -59,7 +59,7 @@ device::LowRankArgs low_rank_args(const Problem& problem, const Plan& plan, cons
   char* base = static_cast<char*>(gemm.params.workspace) + workspace(problem, 0).size;
   device::LowRankArgs low{};
   low.down = factors.down;
-  low.readers = reinterpret_cast<uint32_t*>(base);
+  low.count = reinterpret_cast<uint32_t*>(base);
   low.packets = reinterpret_cast<ptx::Packet*>(base + kWorkspaceAlign);
   low.token = launch_token();
   low.rank = plan.rank;
@@ -68,9 +68,18 @@ device::LowRankArgs low_rank_args(const Problem& problem, const Plan& plan, cons
   low.rank_blocks_inverse = device::inverse(plan.rank / kProjectRanks);
   low.packets_inverse = device::inverse(plan.rank / kPacketRanks);
   low.lead = plan.lead;
-  low.lead_clusters = plan.lead / plan.splits;
+  low.first_cluster = plan.lead / plan.splits;
   low.step = static_cast<int>(plan.grid) - plan.lead;
-  low.num_readers = low.step / plan.splits;
+  low.num_counted = low.step / plan.splits;
+  if (plan.behind) {
+    low.first_lead = low.step;
+    low.first_cluster = 0;
+    low.num_counted += project_groups(problem.m, plan.rank, tile) * tile.token_blocks();
+    low.patience = kLooks;
+    low.early = kEarlyTurns;
+    const int64_t pieces = plan.rank * problem.k * kActBytes / kCopyBytes;
+    low.down_piece = static_cast<uint32_t>((pieces + low.step - 1) / low.step * kCopyBytes);
+  }
   if (plan.tail > 0) {
     low.tail = plan.tail;
     low.slice_bytes = format::slice_bytes(problem.num_bits);

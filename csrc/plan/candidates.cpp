@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "plan/cost.h"
+#include "plan/registers.h"
 #include "plan/smem.h"
 #include "plan/smem_decode.h"
 #include "plan/smem_sm90.h"
@@ -192,6 +193,8 @@ void build_decode(Candidate& c, const Problem& problem, const Device& device, in
     const int groups = project_groups(problem.m, rank, tile);
     p.shares = project_shares(groups, problem.k, p.grid, device.num_sms, tile);
     p.lead = lead_blocks(groups, p.shares, splits);
+    const int places = blocks_decode(tile, problem.num_bits, scale_mode(problem.group_size), true);
+    p.behind = project_behind(problem.k, tiles * splits, p.lead, device.num_sms, places);
     // Blocks that walk leave room for these, unless that makes a turn more: those that come later ask late for their weights.
     const auto turns = [tiles](int64_t blocks) { return (tiles + blocks - 1) / blocks; };
     if (splits == 1 && p.lead < most && turns(most - p.lead) == turns(most)) p.grid = std::min(tiles, most - p.lead);

@@ -5,8 +5,9 @@
 // in the first half of them where rank % 4 < 2, otherwise in the second half, 64 columns on. So every quad has two values, and what
 // this weight multiplies is t = acts * down^T, twice for every 64 ranks. It has scales of its own, in groups of the weight's size.
 //
-// The decode kernel: blocks in front of the grid project, t = acts * down^T, a tile's 8 or 16 tokens x 8 ranks x a share of k each.
-//   workspace  readers; packets (device/project_decode.cuh): four values of t each [token][rank / 4], then two sums each [share of k but
+// The decode kernel: blocks in front of those that multiply, or behind them, project, t = acts * down^T, a tile's 8 or 16 tokens x 8 ranks x a
+// share of k each.
+//   workspace  a counter; packets (device/project_decode.cuh): four values of t each [token][rank / 4], then two sums each [share of k but
 //              the last][token][rank / 2]
 #pragma once
 #include <algorithm>
@@ -60,6 +61,19 @@ constexpr int project_shares(int groups, int64_t k, int64_t blocks, int num_sms,
 // that makes no turn more; otherwise the last ones start when these have ended, and as blocks take output tiles in turn, those have the
 // fewest.
 constexpr int lead_blocks(int groups, int shares, int cluster) { return round_up(groups * shares, cluster); }
+
+// Whether they come behind the others. These, no more than SMs, then lie one on an SM (of those that start behind 64 in front, every second
+// one shares its SM with another of them, and ends last); t is there later: something where k is long. Needs places for all: who waits
+// for blocks behind it must not keep them from starting.
+inline constexpr int64_t kBehindCols = 8192;
+constexpr bool project_behind(int64_t k, int64_t blocks, int64_t lead, int num_sms, int places) {
+  return k >= kBehindCols && blocks <= num_sms && blocks + lead <= int64_t{num_sms} * places;
+}
+// Turns before a block's last request for weights at which such a launch lets the next one start: that one's blocks find places on all SMs
+// as long as none of this one's has ended.
+inline constexpr int kEarlyTurns = 3;
+// Looks for t, 100 ns or more apart, before a block that multiplies projects for itself (device/low_rank_decode.cuh).
+inline constexpr int kLooks = 1000;
 
 constexpr int num_packets(int64_t tokens, int rank) { return static_cast<int>(tokens) * rank / kPacketRanks; }
 constexpr int sum_packets(int64_t tokens, int rank, int shares) {

@@ -30,6 +30,7 @@ struct Plan {
   int tail = 0;                 // 128-column tiles of its second factor, where that is packed
   int lead = 0;                 // blocks of the grid that compute its projection
   int shares = 0;               // of k, that these blocks share out
+  bool behind = false;          // they come behind the blocks that multiply, not in front
   int threads = 0;              // a block
   int smem_bytes = 0;           // dynamic, a block
   bool spread = false;          // no two blocks on an SM (launch/spread.h)

@@ -179,6 +179,7 @@ void bind_structs(py::module_& m) {
       .def_readonly("tail", &Plan::tail)
       .def_readonly("lead", &Plan::lead)
       .def_readonly("shares", &Plan::shares)
+      .def_readonly("behind", &Plan::behind)
       .def_readonly("threads", &Plan::threads)
       .def_readonly("smem_bytes", &Plan::smem_bytes)
       .def_readonly("spread", &Plan::spread)

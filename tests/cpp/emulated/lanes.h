@@ -295,4 +295,7 @@ inline float __uint_as_float(uint32_t bits) { return bits_as<float>(bits); }
 inline uint32_t __float_as_uint(float value) { return bits_as<uint32_t>(value); }
 inline void __threadfence() {}
 inline void __nanosleep(unsigned) { emulated::yield(); }
+inline unsigned long long atomicExch(unsigned long long* to, unsigned long long value) {
+  return std::exchange(*to, value);
+}
 inline uint32_t atomicAdd(uint32_t* to, uint32_t value) { return std::exchange(*to, *to + value); }

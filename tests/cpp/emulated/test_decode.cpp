@@ -141,7 +141,7 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
     char* base = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(workspace.data()) + 255) / 256 * 256);
     device::LowRankArgs& low = args.low;
     low.down = down.data();
-    low.readers = reinterpret_cast<uint32_t*>(base);
+    low.count = reinterpret_cast<uint32_t*>(base);
     low.packets = reinterpret_cast<ptx::Packet*>(base + kWorkspaceAlign);
     low.token = emulated::random() + (uint64_t{1} << 40);
     low.rank = rank;
@@ -150,9 +150,9 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
     low.rank_blocks_inverse = device::inverse(rank / kProjectRanks);
     low.packets_inverse = device::inverse(rank / kPacketRanks);
     low.lead = lead_blocks(projected, shares, splits);
-    low.lead_clusters = low.lead / splits;
+    low.first_cluster = low.lead / splits;
     low.step = clusters * splits;
-    low.num_readers = clusters;
+    low.num_counted = clusters;
     if (packed_up) {
       ASSERT_TRUE(up_packed.status.ok());
       low.tail = tail;
@@ -173,17 +173,37 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
                             {kUpBoxRanks, kTile.block_n(), 1},
                             true});
     }
-    clusters += low.lead_clusters;
   }
   const int idle_warps = kLowRank || emulated::random() % 2 == 0 ? 0 : 4;  // launch/spread.h
   const auto run = [&](int index, int size) {
     emulated::run_cluster(
-        index, clusters * splits, kTile.threads() + idle_warps * format::kLanes,
+        index, clusters * splits + args.low.lead, kTile.threads() + idle_warps * format::kLanes,
         [&] { device::gemm_decode<Act, kBits, kTileIndex, kMode, kLowRank>(args); }, size);
   };
-  // blocks that project use a plain pointer to shared memory, and nothing of their cluster
-  for (int i = 0; i < args.low.lead; ++i) ASSERT_NO_THROW(run(i, 1));
-  for (int i = args.low.lead_clusters; i < clusters; ++i) ASSERT_NO_THROW(run(i, splits));
+  // Blocks that project come once `before` clusters have multiplied; they use a plain pointer to shared memory, and nothing of their cluster.
+  const auto run_all = [&](int before) {
+    for (int i = 0; i <= clusters; ++i) {
+      for (int j = 0; i == before && j < args.low.lead; ++j) ASSERT_NO_THROW(run(args.low.first_lead + j, 1));
+      if (i < clusters) ASSERT_NO_THROW(run(args.low.first_cluster + i, splits));
+    }
+  };
+  run_all(0);
+  if (kLowRank && clusters == args.start.tiles) {
+    // behind the others: some find t, some do without (with patience, all who come later find it)
+    const std::vector<Act> in_front(out.data(), out.data() + int64_t{m} * n);
+    out.fill(int64_t{m} * n, normal);
+    ptx::prefetched.clear();
+    device::LowRankArgs& low = args.low;
+    low.first_lead = low.step;
+    low.first_cluster = 0;
+    low.num_counted += projected * kTile.token_blocks();
+    low.early = kEarlyTurns;
+    low.down_piece = 16 * (rank * k / 8 / low.step + 1);
+    const int before = static_cast<int>(emulated::random() % 3) * clusters / 2;
+    low.patience = before == 0 && emulated::random() % 2 == 0 ? 1 << 20 : 5;
+    run_all(before);
+    EXPECT_EQ(std::memcmp(in_front.data(), out.data(), in_front.size() * sizeof(Act)), 0);
+  }
 
   int64_t asked = 0;
   for (const auto& [start, bytes] : ptx::prefetched) {
@@ -217,7 +237,8 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
     EXPECT_EQ(args.low.packets[i].tag, 0u) << "who launches again, as a graph does, must find no packet of this launch";
   }
   if (kLowRank) {
-    EXPECT_EQ(device::LowRankCount{args.low}.begun()->tag, 0u) << "nor that the counter is clear";
+    EXPECT_EQ(device::LowRankCount{args.low}.begun()->tag, 0u) << "nor that the counter is clear,";
+    EXPECT_NE(*device::LowRankCount{args.low}.owner(), args.low.token) << "nor whose it is";
   }
 }
 

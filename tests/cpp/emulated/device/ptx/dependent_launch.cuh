@@ -1,10 +1,13 @@
 #pragma once
-#include <cstdint>
+#include "emulated/lanes.h"
 
 namespace sparse_marlin::ptx {
 
 inline void grid_dependency_wait() {}
 inline void grid_launch_dependents() {}
-inline void prefetch_l2(const void*, uint32_t) {}
+inline void prefetch_l2(const void* from, uint32_t bytes) {
+  emulated::check(reinterpret_cast<uintptr_t>(from) % 16 == 0 && bytes % 16 == 0 && bytes > 0,
+                  "not in pieces of 16 bytes");
+}
 
 }  // namespace sparse_marlin::ptx
