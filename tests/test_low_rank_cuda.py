@@ -149,6 +149,7 @@ def test_a_graph_replayed_with_changing_inputs(cuda, k, m):
             assert_same_on_gpu(out, wanted[replay % 5], f"replay {replay}, call {i}")
 
 
+SPIN_BYTES = 100 << 10  # of shared memory: an SM has room for one of them and one of ours
 SPIN = """
 __device__ long long now() {
   long long ns;
@@ -180,15 +181,15 @@ def test_blocks_that_project_and_find_no_place(cuda, m):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outs = [layer(static) for _ in range(3)]
-    spin = torch.cuda._compile_kernel(
-        SPIN, "spin"
-    )  # half of an SM's threads each, and a quarter of its registers or more
+    spin = torch.cuda._compile_kernel(SPIN, "spin")
+    spin.set_shared_memory_config(SPIN_BYTES)
+    sms = torch.cuda.get_device_properties(cuda).multi_processor_count
     beside, spun, done = torch.cuda.Stream(), torch.cuda.Event(), torch.cuda.Event()
     for replay in range(9):
         static.copy_(inputs[replay % 3])
         torch.cuda.synchronize()
         if replay % 3 != 1:
-            spin((torch.cuda.get_device_properties(cuda).multi_processor_count, 1, 1), (1024, 1, 1), (300,), 0, beside)
+            spin((sms, 1, 1), (32, 1, 1), (500,), SPIN_BYTES, beside)
             spun.record(beside)
         graph.replay()
         done.record()

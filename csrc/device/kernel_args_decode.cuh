@@ -12,7 +12,7 @@ namespace sparse_marlin::device {
 struct LowRankArgs {
   const void* down;      // [rank, k] row-major, contiguous, as the activations
   ptx::Packet* packets;  // in the workspace (plan/low_rank.h)
-  uint32_t* count;       // of those that need the packets of t no more (LowRankCount)
+  uint32_t* count;       // of blocks that have t
   uint64_t token;        // of this launch: the packets' tag
   int rank;
   int shares_log2;
@@ -23,10 +23,10 @@ struct LowRankArgs {
   int first_lead;                // of them,
   int first_cluster;             // and of those that multiply
   int step;                      // blocks that multiply
-  int num_counted;
-  int patience;         // where they come first: looks for t before a block projects for itself; otherwise 0
-  int early;            // turns before its last request at which a block lets the next launch start
-  uint32_t down_piece;  // bytes of `down` that a block brings into L2
+  int num_readers;               // blocks that take t
+  int patience;                  // where they come first: looks for t before a block projects for itself; otherwise 0
+  int early;                     // turns before its last request at which a block lets the next launch start
+  uint32_t down_piece;           // bytes of `down` that a block brings into L2
   // `up` in 128-column tiles of packed_24; tail == 0: dense, by its map alone
   int tail;
   int slice_bytes;

@@ -120,7 +120,7 @@ struct LowRankReceiver : LowRankPlaces<kTile, kMode> {
     if (lane > 0) return 0;
     if (alone) count.begin();
     while (!begun) begun = count.has_begun();
-    return count.add();
+    return count.add(alone);
   }
   // A lane's next packets, once all of them are there.
   __device__ __forceinline__ void take(int& at) const {

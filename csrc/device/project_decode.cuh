@@ -14,11 +14,14 @@
 
 namespace sparse_marlin::device {
 
-// Those that need the packets of t no more: blocks that have it or do without, and where some may do without, the warps that hand it out.
-// The last one clears the packets. A fence takes as long as a way to memory and back, so neither t nor the end of the launch
-// waits for one: whoever counts has seen that the counter was cleared, and has the values of its packets, or has worked them out.
+// Blocks that have t: the last one clears its packets. A fence takes as long as a way to memory and back, so neither t nor the end of the launch
+// waits for one: whoever counts has seen that the counter was cleared, and has the values of its packets.
+//
+// Or has worked them out: then the last one must not clear the packets before they have come. It waits for those that project
+// with the one place that it holds; that more launches than an SM has places wait so at once is not to be feared.
 struct LowRankCount {
   const LowRankArgs& low;
+  static constexpr int kAlone = 1 << 16;  // beside the count: somebody did without
 
   // In the workspace, behind the counter: the launch whose count has an owner, who begins it; and that it counts from 0.
   __device__ __forceinline__ unsigned long long* owner() const {
@@ -33,17 +36,25 @@ struct LowRankCount {
     ptx::packet_store(begun(), {}, low.token);
   }
   __device__ __forceinline__ bool has_begun() const { return ptx::packet_load(begun()).tag == low.token; }
-  // One thread's. How many came before.
-  __device__ __forceinline__ int add() const { return static_cast<int>(atomicAdd(low.count, 1u)); }
+  // One thread's. How many blocks came before, and kAlone or more where one of them or this one did without.
+  __device__ __forceinline__ int add(bool alone) const {
+    const int mine = alone ? kAlone : 0;
+    return static_cast<int>(atomicAdd(low.count, 1u + mine)) + mine;
+  }
   // A warp's; before: lane 0 has it.
   __device__ __forceinline__ void clear_if_last(int before, int lane) const {
-    if (__shfl_sync(~0u, before, 0) != low.num_counted - 1) return;
+    before = __shfl_sync(~0u, before, 0);
+    if (before % kAlone != low.num_readers - 1) return;
 #pragma unroll 1
-    for (int i = lane; i < low.num_packets; i += format::kLanes) ptx::packet_store(low.packets + i, {}, 0);
+    for (int i = lane; i < low.num_packets; i += format::kLanes) {
+      while (before >= kAlone && ptx::packet_load(low.packets + i).tag != low.token) __nanosleep(kAloneNs);
+      ptx::packet_store(low.packets + i, {}, 0);
+    }
     if (lane > 0) return;
     ptx::packet_store(begun(), {}, 0);
     if (low.patience > 0) *owner() = 0;
   }
+  static constexpr unsigned kAloneNs = 1000;
 };
 
 template <typename Act, TileDecode kTile>
@@ -224,18 +235,6 @@ struct LowRankProject {
     if (exists(warp) && lane % 2 == 0)
       ptx::packet_store(low.packets + ((token + warp * kMmaTokens) * low.rank + rank) / kPacketRanks, {mine, right},
                         low.token);
-    if (low.patience == 0) return;
-    // who does without does not see that these packets have come, so whoever clears them must not do so before
-    const LowRankCount count{low};
-    __threadfence();
-    __syncwarp();
-    int before = 0;
-    if (lane == 0) {
-      while (!count.has_begun()) {
-      }
-      before = count.add();
-    }
-    count.clear_if_last(before, lane);
   }
   // Nobody else reads this packet.
   __device__ __forceinline__ float2 take(ptx::Packet* of_sum) const {
@@ -248,7 +247,7 @@ struct LowRankProject {
   }
 
   // All of t by one warp of a block that multiplies, into its shared memory, [token][rank + padding]: the sums of all warps of all shares, added
-  // in the same order. That it takes hundreds of microseconds is nothing beside what it is for.
+  // in the same order. It takes milliseconds.
   static __device__ __forceinline__ void run_alone(const KernelArgsDecode& args, uint32_t projected, int lane) {
     const int shares = 1 << args.low.shares_log2;
 #pragma unroll 1

@@ -70,11 +70,10 @@ device::LowRankArgs low_rank_args(const Problem& problem, const Plan& plan, cons
   low.lead = plan.lead;
   low.first_cluster = plan.lead / plan.splits;
   low.step = static_cast<int>(plan.grid) - plan.lead;
-  low.num_counted = low.step / plan.splits;
+  low.num_readers = low.step / plan.splits;
   if (plan.behind) {
     low.first_lead = low.step;
     low.first_cluster = 0;
-    low.num_counted += project_groups(problem.m, plan.rank, tile) * tile.token_blocks();
     low.patience = kLooks;
     low.early = kEarlyTurns;
     const int64_t pieces = plan.rank * problem.k * kActBytes / kCopyBytes;
