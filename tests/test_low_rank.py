@@ -29,7 +29,8 @@ SHAPES = [
 # What the kernel leaves to the products: tokens, k, the rank.
 OTHERS = [(17, 72, 128, 8, 128), (3, 72, 132, 8, 32), (4, 72, 136, 16, 64), (2, 72, 128, 136, 64), (5, 72, 128, 12, 64)]
 # For the kernel: ranks of half a unit, one, several, more than a box of `up`; k less than what its warps take at once,
-# and ragged; one share of it and several; two tiles of tokens where a tile has 8.
+# and ragged; one share of it and several; so much that blocks that project come behind; two tiles of tokens where a
+# tile has 8.
 CASES = [
     (1, 64, 128, 64, 128),
     (3, 203, 1088, 24, 32),
@@ -38,6 +39,7 @@ CASES = [
     (9, 65, 704, 8, 32),
     (16, 300, 4160, 128, 128),
     (16, 130, 64, 72, -1),
+    (9, 264, 8256, 72, 128),
 ]
 TILES = [i for i, tile in enumerate(_core.TILES) if tile.kernel == "decode"]
 SPLITS = (1, 2, 3, 5, 8)
@@ -352,6 +354,7 @@ def test_plans_with_a_correction(n, k, m, rank):
     assert (plan.grid - plan.lead) % plan.splits == 0
     multiply, most = plan.grid - plan.lead, _core.plan_with_tile(problem, H100, plan.tile, plan.splits).grid
     assert most - plan.lead <= multiply <= most  # some may leave room for those that project
+    assert plan.behind == (k >= 8192 and multiply <= 132 and plan.grid <= 132 * tile.blocks)
     tiles = -(-n // tile.block_n) * -(-m // tile.block_m)
     assert plan.splits > 1 or -(-tiles // multiply) == -(-tiles // most)  # if that is not a turn more
     assert tile.blocks * (plan.smem_bytes + 1024) <= H100.smem_per_sm

@@ -187,7 +187,8 @@ def corrections(few_blocks: bool) -> Iterator[Job]:
     dense = ((3, 200, 320, 24), (11, 72, 640, 72), (9, 140 * 128 + 8, 192, 16))
     packed = ((5, 200, 320, 24, torch.float16), (20, 72, 640, 72, torch.float16), (70, 136, 520, 16, torch.bfloat16))
     jobs = [(size, dtype, False) for size in dense[: 2 if few_blocks else 3] for dtype in (torch.half, torch.bfloat16)]
-    jobs.append(((11, 72, 4672, 8), torch.half, False))  # shares of k, by few blocks
+    # shares of k, by few blocks; blocks that project in front of the others and behind them
+    jobs += [((11, 72, k, 8), torch.half, False) for k in (4672, 8256)]
     jobs += [(size, dtype, True) for *size, dtype in packed]
     for size, dtype, packed_up in jobs:
         m, n, k, rank = size

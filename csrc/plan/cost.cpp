@@ -121,9 +121,8 @@ Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
   const bool portable = family(plan.tile) == Family::kSm80;
   const int splits = std::max(1, plan.splits);
   const int cluster = portable ? 1 : share(plan.tile) * splits;
-  // Blocks or clusters. Those that project a correction, where they come first, take places of the first wave.
-  const double groups =
-      tiles_m * tiles_n * (portable ? splits : 1) + (plan.behind ? 0 : static_cast<double>(plan.lead) / splits);
+  // Blocks or clusters. Those that project a correction come first and take places of the first wave.
+  const double groups = tiles_m * tiles_n * (portable ? splits : 1) + static_cast<double>(plan.lead) / splits;
   const double at_once = portable ? sms : resident_clusters(device, cluster);
 
   Effort e;
