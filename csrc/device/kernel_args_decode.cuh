@@ -24,9 +24,9 @@ struct LowRankArgs {
   int first_cluster;             // and of those that multiply
   int step;                      // blocks that multiply
   int num_readers;               // blocks that take t
-  int patience;                  // where they come first: looks for t before a block projects for itself; otherwise 0
-  int early;                     // turns before its last request at which a block lets the next launch start
-  uint32_t down_piece;           // bytes of `down` that a block brings into L2
+  int patience;         // where those that multiply come first: looks for t before one projects for itself; otherwise 0
+  int early;            // turns before its last request at which a block lets the next launch start
+  uint32_t down_piece;  // bytes of `down` that a block brings into L2
   // `up` in 128-column tiles of packed_24; tail == 0: dense, by its map alone
   int tail;
   int slice_bytes;

@@ -4,8 +4,8 @@
 //
 // A packet's tag is the launch's random token. Who needs it last clears it, so that a launch with the same token, of a graph's next
 // replay, finds none. A block waits for blocks of lower number alone, which start before it: however few run at once, those
-// it waits for do. But for one: where the blocks that project come behind, those that multiply wait for them a while, and then do
-// without; else they could keep them from starting for ever, where other kernels have all other places.
+// it waits for do. Where the blocks that project come behind, those that multiply would wait for blocks of higher number, and could keep them
+// from starting for ever while other kernels have all other places: they wait a while, and then do without.
 #pragma once
 #include "device/mainloop_decode.cuh"
 #include "device/ptx/global.cuh"
@@ -116,11 +116,11 @@ struct LowRankProject {
   }
   __device__ __forceinline__ int64_t row_bytes() const { return int64_t{args.gemm.k} * kActBytes; }
 
-  // Its block's part of a warp: what `sum` says.
+  // A warp's sums, for the block to add.
   __device__ __forceinline__ void project(int warp, int lane) const {
+    const auto wait = [] { begin(); };
     float2 v[kBlocks];
-    sum<kAtOnce>(
-        share, warp, lane, [] { begin(); }, v);
+    sum<kAtOnce>(share, warp, lane, wait, v);
 #pragma unroll
     for (int q = 0; q < kBlocks; ++q) sums_at(q, warp)[lane] = v[q];
   }
@@ -250,6 +250,7 @@ struct LowRankProject {
   // in the same order. It takes milliseconds.
   static __device__ __forceinline__ void run_alone(const KernelArgsDecode& args, uint32_t projected, int lane) {
     const int shares = 1 << args.low.shares_log2;
+    const auto waited = [] {};
 #pragma unroll 1
     for (int token0 = 0; token0 < args.gemm.m; token0 += kTile.block_m) {
 #pragma unroll 1
@@ -260,8 +261,7 @@ struct LowRankProject {
         for (int i = 0; i < shares * kWarps; ++i) {
           const int warp = i % kWarps;
           float2 v[kBlocks];
-          mine.template sum<2>(
-              i / kWarps, warp, lane, [] {}, v);  // few registers
+          mine.template sum<2>(i / kWarps, warp, lane, waited, v);  // few units at once, for few registers
 #pragma unroll
           for (int q = 0; q < kBlocks; ++q) {
             of_share[q] = warp == 0 ? v[q] : add(of_share[q], v[q]);

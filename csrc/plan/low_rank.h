@@ -62,9 +62,9 @@ constexpr int project_shares(int groups, int64_t k, int64_t blocks, int num_sms,
 // fewest.
 constexpr int lead_blocks(int groups, int shares, int cluster) { return round_up(groups * shares, cluster); }
 
-// Whether they come behind the others. These, no more than SMs, then lie one on an SM (of those that start behind 64 in front, every second
-// one shares its SM with another of them, and ends last); t is there later: something where k is long. Needs places for all: who waits
-// for blocks behind it must not keep them from starting.
+// Whether they come behind those that multiply. These, no more than SMs, then lie one on an SM (of 128 behind 64 in front, 57 share theirs with
+// another, and end last); t is there later, for which a long k leaves time. All must find places at once: who waits for blocks behind
+// it should not be what keeps them from starting.
 inline constexpr int64_t kBehindCols = 8192;
 constexpr bool project_behind(int64_t k, int64_t blocks, int64_t lead, int num_sms, int places) {
   return k >= kBehindCols && blocks <= num_sms && blocks + lead <= int64_t{num_sms} * places;
