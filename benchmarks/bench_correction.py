@@ -97,7 +97,7 @@ def main() -> None:
             rows.append({"shape": name, "tokens": tokens, "plain_us": plain, "corrected_us": corrected, "more": share})
             how = "two products"
             if plan.rank:
-                project = f"{plan.lead} blocks project" if plan.lead else "projected before"
+                project = f"{plan.project_blocks} blocks project" if plan.project_blocks else "projected before"
                 how = f"tile {plan.tile}, {plan.splits} splits, {project}"
             print(f"{name:12} M={tokens:<3} {plain:7.2f} us -> {corrected:7.2f} us  ({share:+.0%})  {how}", flush=True)
     for model in dict.fromkeys(name.split()[0] for name in SHAPES):

@@ -86,7 +86,7 @@ def chosen_plan(problem: _core.Problem, device: _core.Device, rank: int) -> _cor
 def candidates(problem: _core.Problem, device: _core.Device, rank: int, factor: float, most: int) -> list[_core.Plan]:
     """The chosen plan first, unless that is one of another kernel for a correction."""
     chosen = chosen_plan(problem, device, rank)
-    first, plans = [chosen] if not rank or chosen.lead else [], []
+    first, plans = [chosen] if not rank or chosen.project_blocks else [], []
     for number in range(len(_core.TILES)):
         if not _core.may_share(problem, device, number):  # the planner leaves it out, too
             continue
@@ -96,7 +96,7 @@ def candidates(problem: _core.Problem, device: _core.Device, rank: int, factor: 
                     plan = _core.plan_low_rank_with_tile(
                         problem, device, rank, number, splits, packs(problem.group_size)
                     )
-                    if not plan.lead:
+                    if not plan.project_blocks:
                         continue
                 else:
                     plan = _core.plan_with_tile(problem, device, number, splits)

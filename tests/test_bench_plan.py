@@ -114,7 +114,7 @@ def test_candidates_with_a_correction_all_have_it() -> None:
     plans = bench_plan.candidates(problem, H100, 64, 1.6, 14)
     assert plans[0].tile == _core.plan_low_rank(problem, H100, 64, packed=True).tile
     assert len(plans) > 3
-    assert all((plan.rank, plan.tail) == (64, 1) and plan.lead > 0 for plan in plans)
+    assert all((plan.rank, plan.tail) == (64, 1) and plan.project_blocks > 0 for plan in plans)
 
 
 @pytest.mark.parametrize(

@@ -350,10 +350,10 @@ def test_plans_with_a_correction(n, k, m, rank):
     assert (plan.rank, tile.kernel) == (rank, "decode")
     project = rank // 8 * -(-m // tile.block_m) * plan.shares  # a tile's tokens x 8 ranks x a share of k each
     assert plan.shares in (1, 2, 4, 8)
-    assert plan.lead == -(-project // plan.splits) * plan.splits
-    assert (plan.grid - plan.lead) % plan.splits == 0
-    multiply, most = plan.grid - plan.lead, _core.plan_with_tile(problem, H100, plan.tile, plan.splits).grid
-    assert most - plan.lead <= multiply <= most  # some may leave room for those that project
+    assert plan.project_blocks == -(-project // plan.splits) * plan.splits
+    assert (plan.grid - plan.project_blocks) % plan.splits == 0
+    multiply, most = plan.grid - plan.project_blocks, _core.plan_with_tile(problem, H100, plan.tile, plan.splits).grid
+    assert most - plan.project_blocks <= multiply <= most  # some may leave room for those that project
     assert plan.behind == (k >= 8192 and multiply <= 132 and plan.grid <= 132 * tile.blocks)
     tiles = -(-n // tile.block_n) * -(-m // tile.block_m)
     assert plan.splits > 1 or -(-tiles // multiply) == -(-tiles // most)  # if that is not a turn more
@@ -373,7 +373,7 @@ def test_problems_without_a_kernel_for_the_correction():
     ]:
         problem = _core.Problem(m, 4096, k)
         plan = _core.plan_low_rank(problem, device, rank)
-        assert (plan.rank, plan.lead, plan.tile) == (0, 0, _core.plan(problem, device).tile)
+        assert (plan.rank, plan.project_blocks, plan.tile) == (0, 0, _core.plan(problem, device).tile)
     for m, rank in [(17, 64), (1, 136), (1, 20), (1, 0)]:
         with pytest.raises(ValueError, match=r"low-rank correction: expected .*, got"):
             _core.plan_low_rank_with_tile(_core.Problem(m, 4096, 4096), H100, rank, TILES[0])
@@ -390,7 +390,7 @@ def test_plans_with_a_packed_factor(n, k, m):
         problem = _core.Problem(m, n, k)
         plan = _core.plan_low_rank(problem, H100, rank, True)
         decodes = m <= 16 and rank <= 128 and k % 64 == 0
-        assert (plan.rank, plan.tail, plan.lead > 0) == (rank, -(-rank // 64), decodes)
+        assert (plan.rank, plan.tail, plan.project_blocks > 0) == (rank, -(-rank // 64), decodes)
         assert _core.TILES[plan.tile].kernel == ("decode" if decodes else "sm90")
         if decodes:  # room for more stages, as it is smaller
             dense = _core.plan_low_rank_with_tile(problem, H100, rank, plan.tile, plan.splits)

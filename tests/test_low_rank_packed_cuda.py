@@ -69,7 +69,7 @@ def test_every_number_of_tokens_and_every_rank(cuda):
         for m in (*range(1, 20), 33, 64, 65, 130) if rank in (24, 64, 128) else (1, 5, 16, 40):
             plan = layer.plan(m)
             assert (plan.rank > 0) == (rank % 8 == 0)
-            assert (plan.lead > 0) == (m <= 16 and rank <= 128 and rank % 8 == 0)
+            assert (plan.project_blocks > 0) == (m <= 16 and rank <= 128 and rank % 8 == 0)
             layer.check(layer(a[:m]), a[:m], f"{m} tokens, rank {rank}")
 
 

@@ -19,8 +19,8 @@ struct LowRankArgs {
   int num_packets;               // of t
   uint32_t rank_blocks_inverse;  // of the rank in eights; device/scheduler.cuh
   uint32_t packets_inverse;      // of rank / 4
-  int lead;                      // blocks that project, in whole clusters,
-  int first_lead;                // of them,
+  int project_blocks;            // blocks that project, in whole clusters,
+  int first_project_block;       // of them,
   int first_cluster;             // and of those that multiply
   int step;                      // blocks that multiply
   int num_readers;               // blocks that take t

@@ -33,9 +33,9 @@ __global__ void __maxnreg__(max_registers(kTilesDecode[kTileIndex], kBits, kMode
   const uint32_t unaligned = ptx::smem_address(shared);
   const uint32_t smem = (unaligned + kSwizzleAlign - 1) & ~uint32_t{kSwizzleAlign - 1};
   if constexpr (kLowRank) {
-    const int lead = static_cast<int>(blockIdx.x) - args.low.first_lead;
-    if (lead >= 0 && lead < args.low.lead) {
-      LowRankProject<Act, kTile>::run(args, lead, shared);
+    const int index = static_cast<int>(blockIdx.x) - args.low.first_project_block;
+    if (index >= 0 && index < args.low.project_blocks) {
+      LowRankProject<Act, kTile>::run(args, index, shared);
       return;
     }
   }

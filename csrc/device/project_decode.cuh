@@ -21,7 +21,8 @@ namespace sparse_marlin::device {
 // with the one place that it holds; that more launches than an SM has places wait so at once is not to be feared.
 struct LowRankCount {
   const LowRankArgs& low;
-  static constexpr int kAlone = 1 << 16;  // beside the count: somebody did without
+  static constexpr int kAlone = 1 << 16;      // beside the count: somebody did without
+  static constexpr unsigned kAloneNs = 1000;  // between looks of who waits for late packets
 
   // In the workspace, behind the counter: the launch whose count has an owner, who begins it; and that it counts from 0.
   __device__ __forceinline__ unsigned long long* owner() const {
@@ -54,7 +55,6 @@ struct LowRankCount {
     ptx::packet_store(begun(), {}, 0);
     if (low.patience > 0) *owner() = 0;
   }
-  static constexpr unsigned kAloneNs = 1000;
 };
 
 template <typename Act, TileDecode kTile>
@@ -247,7 +247,7 @@ struct LowRankProject {
   }
 
   // All of t by one warp of a block that multiplies, into its shared memory, [token][rank + padding]: the sums of all warps of all shares, added
-  // in the same order. It takes milliseconds.
+  // in the same order. It takes milliseconds (inferred).
   static __device__ __forceinline__ void run_alone(const KernelArgsDecode& args, uint32_t projected, int lane) {
     const int shares = 1 << args.low.shares_log2;
     const auto waited = [] {};

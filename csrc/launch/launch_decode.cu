@@ -67,17 +67,16 @@ device::LowRankArgs low_rank_args(const Problem& problem, const Plan& plan, cons
   low.num_packets = num_packets(problem.m, plan.rank);
   low.rank_blocks_inverse = device::inverse(plan.rank / kProjectRanks);
   low.packets_inverse = device::inverse(plan.rank / kPacketRanks);
-  low.lead = plan.lead;
-  low.first_cluster = plan.lead / plan.splits;
-  low.step = static_cast<int>(plan.grid) - plan.lead;
+  low.project_blocks = plan.project_blocks;
+  low.first_cluster = plan.project_blocks / plan.splits;
+  low.step = static_cast<int>(plan.grid) - plan.project_blocks;
   low.num_readers = low.step / plan.splits;
   if (plan.behind) {
-    low.first_lead = low.step;
+    low.first_project_block = low.step;
     low.first_cluster = 0;
     low.patience = kLooks;
     low.early = kEarlyTurns;
-    const int64_t pieces = plan.rank * problem.k * kActBytes / kCopyBytes;
-    low.down_piece = static_cast<uint32_t>((pieces + low.step - 1) / low.step * kCopyBytes);
+    low.down_piece = static_cast<uint32_t>(down_piece(plan.rank, problem.k, low.step));
   }
   if (plan.tail > 0) {
     low.tail = plan.tail;

@@ -192,13 +192,14 @@ void build_decode(Candidate& c, const Problem& problem, const Device& device, in
     p.tail = correction.tail();
     const int groups = project_groups(problem.m, rank, tile);
     p.shares = project_shares(groups, problem.k, p.grid, device.num_sms, tile);
-    p.lead = lead_blocks(groups, p.shares, splits);
+    p.project_blocks = project_blocks(groups, p.shares, splits);
     const int places = blocks_decode(tile, problem.num_bits, scale_mode(problem.group_size), true);
-    p.behind = project_behind(problem.k, tiles * splits, p.lead, device.num_sms, places);
+    p.behind = project_behind(problem.k, tiles * splits, p.project_blocks, device.num_sms, places);
     // Blocks that walk leave room for these, unless that makes a turn more: those that come later ask late for their weights.
     const auto turns = [tiles](int64_t blocks) { return (tiles + blocks - 1) / blocks; };
-    if (splits == 1 && p.lead < most && turns(most - p.lead) == turns(most)) p.grid = std::min(tiles, most - p.lead);
-    p.grid += p.lead;
+    if (splits == 1 && p.project_blocks < most && turns(most - p.project_blocks) == turns(most))
+      p.grid = std::min(tiles, most - p.project_blocks);
+    p.grid += p.project_blocks;
     p.workspace_bytes += low_rank_workspace_bytes(problem.m, rank, p.shares);
   }
   p.predicted_us = predicted_us(problem, device, p);
@@ -276,7 +277,7 @@ Candidate build(const Problem& problem, const Device& device, int tile, int spli
     case Family::kSm90: build_sm90(c, problem, device, splits, correction); break;
     case Family::kDecode: build_decode(c, problem, device, splits, correction); break;
   }
-  c.plan.spread = device.compute_capability == kHopper && c.plan.lead == 0 && c.plan.grid <= device.num_sms;
+  c.plan.spread = device.compute_capability == kHopper && c.plan.project_blocks == 0 && c.plan.grid <= device.num_sms;
   return c;
 }
 

@@ -121,8 +121,8 @@ Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
   const bool portable = family(plan.tile) == Family::kSm80;
   const int splits = std::max(1, plan.splits);
   const int cluster = portable ? 1 : share(plan.tile) * splits;
-  // Blocks or clusters. Those that project a correction come first and take places of the first wave.
-  const double groups = tiles_m * tiles_n * (portable ? splits : 1) + static_cast<double>(plan.lead) / splits;
+  // Blocks or clusters. Those that project a correction take places of the first wave; where they come behind, too, by the fit.
+  const double groups = tiles_m * tiles_n * (portable ? splits : 1) + static_cast<double>(plan.project_blocks) / splits;
   const double at_once = portable ? sms : resident_clusters(device, cluster);
 
   Effort e;
@@ -143,7 +143,7 @@ Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
   const double block_acts = acts / m * std::min<double>(m, block_m(plan.tile));
   const double again = plan.splits < 0 ? read_again(device, plan, tiles_m, tiles_n, block_acts, block_weights) : 0;
   // Of a correction; what the wgmma.sp kernel adds is columns of the problem.
-  const bool projects = plan.lead > 0;
+  const bool projects = plan.project_blocks > 0;
   const double up_row = up_bytes_of_feature(problem, plan);
   const double factors = projects ? plan.rank * problem.k * double{kActBytes} + up_row * problem.n : 0;
   const double bandwidth = dram_bytes_per_us_sm(device) * sms, whole = e.turns / (e.turns + e.range_turns);
@@ -167,7 +167,7 @@ Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
 
 double predicted_us(const Problem& problem, const Device& device, const Plan& plan) {
   const Effort e = effort(problem, device, plan);
-  const TileCost& c = plan.lead > 0 ? kLowRankCosts[tile_decode_index(plan.tile)] : kTileCosts[plan.tile];
+  const TileCost& c = plan.project_blocks > 0 ? kLowRankCosts[tile_decode_index(plan.tile)] : kTileCosts[plan.tile];
   double turn = e.full_waves * (c.turn + c.turn_block * e.resident);
   if (e.last_wave > 0) turn += c.turn + c.turn_block * e.last_wave;
   const double whole = pow_sum(e.turns * turn + c.tile * e.tiles, c.dram * e.dram_us, c.l2 * e.l2_us, c.power);

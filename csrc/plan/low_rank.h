@@ -60,19 +60,24 @@ constexpr int project_shares(int groups, int64_t k, int64_t blocks, int num_sms,
 // Blocks that project, in whole clusters. They come on top of the multiplication's blocks, of which the planner leaves some out for them if
 // that makes no turn more; otherwise the last ones start when these have ended, and as blocks take output tiles in turn, those have the
 // fewest.
-constexpr int lead_blocks(int groups, int shares, int cluster) { return round_up(groups * shares, cluster); }
+constexpr int project_blocks(int groups, int shares, int cluster) { return round_up(groups * shares, cluster); }
 
 // Whether they come behind those that multiply. These, no more than SMs, then lie one on an SM (of 128 behind 64 in front, 57 share theirs with
 // another, and end last); t is there later, for which a long k leaves time. All must find places at once: who waits for blocks behind
 // it should not be what keeps them from starting.
 inline constexpr int64_t kBehindCols = 8192;
-constexpr bool project_behind(int64_t k, int64_t blocks, int64_t lead, int num_sms, int places) {
-  return k >= kBehindCols && blocks <= num_sms && blocks + lead <= int64_t{num_sms} * places;
+constexpr bool project_behind(int64_t k, int64_t blocks, int64_t project_blocks, int num_sms, int places) {
+  return k >= kBehindCols && blocks <= num_sms && blocks + project_blocks <= int64_t{num_sms} * places;
+}
+// Bytes of `down` that each of the blocks that multiply brings into L2 for those behind.
+constexpr int64_t down_piece(int rank, int64_t k, int64_t blocks) {
+  const int64_t copies = rank * k * kActBytes / kCopyBytes;
+  return (copies + blocks - 1) / blocks * kCopyBytes;
 }
 // Turns before a block's last request for weights at which such a launch lets the next one start: that one's blocks find places on all SMs
 // as long as none of this one's has ended.
 inline constexpr int kEarlyTurns = 3;
-// Looks for t, 100 ns or more apart, before a block that multiplies projects for itself (device/low_rank_decode.cuh).
+// Looks for t, each a way to L2 and a rest, before a block that multiplies projects for itself (device/low_rank_decode.cuh).
 inline constexpr int kLooks = 1000;
 
 constexpr int num_packets(int64_t tokens, int rank) { return static_cast<int>(tokens) * rank / kPacketRanks; }

@@ -15,9 +15,10 @@ namespace sparse_marlin {
 namespace {
 
 constexpr int kMinComputeCapability = 80;
-constexpr int kMaxSplits = 16;          // that plan_with_tile takes
-constexpr double kProductsUs = 12;      // two dense products of few tokens, measured on an H100, whatever the layer
-constexpr double kProductCols = 14336;  // unless it has more in features: then the first one takes longer
+constexpr int kMaxSplits = 16;      // that plan_with_tile takes
+constexpr double kProductsUs = 12;  // two dense products of few tokens, measured on an H100, whatever the layer
+// Our kernel for the first one takes half of that, and longer with more in features than these (70B down, 16 tokens: 11 us).
+constexpr double kProductCols = 14336;
 
 const Candidate* best(const std::vector<Candidate>& all) {
   const Candidate* chosen = nullptr;
@@ -91,10 +92,10 @@ Plan plan_low_rank(const Problem& problem, const Device& device, int64_t rank, b
   Plan chosen = plain;
   // Another kernel may multiply faster, but not by what products cost beside it. Those of a packed factor are many small steps.
   double least = packed ? std::numeric_limits<double>::infinity() : plain.predicted_us + kProductsUs;
+  const double project_us = kProductsUs / 2 * std::max(1.0, static_cast<double>(problem.k) / kProductCols);
   for (const Candidate& c : candidates(problem, device, {static_cast<int>(rank), packed})) {
     if (!c.rejected.empty()) continue;
-    const double project_us = kProductsUs / 2 * std::max(1.0, static_cast<double>(problem.k) / kProductCols);
-    const double us = c.plan.predicted_us + (c.plan.lead == 0 ? project_us : 0);
+    const double us = c.plan.predicted_us + (c.plan.project_blocks == 0 ? project_us : 0);
     if (us < least) {
       least = us;
       chosen = c.plan;

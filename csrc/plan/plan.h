@@ -28,7 +28,7 @@ struct Plan {
   int64_t grid = 0;             // blocks
   int rank = 0;                 // of the low-rank correction that the launch adds (plan/low_rank.h), or 0
   int tail = 0;                 // 128-column tiles of its second factor, where that is packed
-  int lead = 0;                 // blocks of the grid that compute its projection
+  int project_blocks = 0;       // blocks of the grid that compute its projection
   int shares = 0;               // of k, that these blocks share out
   bool behind = false;          // they come behind the blocks that multiply, not in front
   int threads = 0;              // a block

@@ -177,7 +177,7 @@ void bind_structs(py::module_& m) {
       .def_readonly("grid", &Plan::grid)
       .def_readonly("rank", &Plan::rank)
       .def_readonly("tail", &Plan::tail)
-      .def_readonly("lead", &Plan::lead)
+      .def_readonly("project_blocks", &Plan::project_blocks)
       .def_readonly("shares", &Plan::shares)
       .def_readonly("behind", &Plan::behind)
       .def_readonly("threads", &Plan::threads)

@@ -195,7 +195,7 @@ Tensor run_low_rank(const LowRankCall& call, const Choose& choose, const NextWei
       factors.up_scales = call.up_scales->const_data_ptr();
       factors.up_row_words = call.up_weights->row_words;
     }
-    if (plan->lead == 0) {
+    if (plan->project_blocks == 0) {
       projection = project(call, plan->dependent);
       factors.projected = projection->const_data_ptr();
     }

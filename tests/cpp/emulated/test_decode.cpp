@@ -149,8 +149,8 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
     low.num_packets = num_packets(m, rank);
     low.rank_blocks_inverse = device::inverse(rank / kProjectRanks);
     low.packets_inverse = device::inverse(rank / kPacketRanks);
-    low.lead = lead_blocks(projected, shares, splits);
-    low.first_cluster = low.lead / splits;
+    low.project_blocks = project_blocks(projected, shares, splits);
+    low.first_cluster = low.project_blocks / splits;
     low.step = clusters * splits;
     low.num_readers = clusters;
     if (packed_up) {
@@ -177,13 +177,14 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
   const int idle_warps = kLowRank || emulated::random() % 2 == 0 ? 0 : 4;  // launch/spread.h
   const auto run = [&](int index, int size) {
     emulated::run_cluster(
-        index, clusters * splits + args.low.lead, kTile.threads() + idle_warps * format::kLanes,
+        index, clusters * splits + args.low.project_blocks, kTile.threads() + idle_warps * format::kLanes,
         [&] { device::gemm_decode<Act, kBits, kTileIndex, kMode, kLowRank>(args); }, size);
   };
   // Blocks that project come once `before` clusters have multiplied; they use a plain pointer to shared memory, and nothing of their cluster.
   const auto run_all = [&](int before) {
     for (int i = 0; i <= clusters; ++i) {
-      for (int j = 0; i == before && j < args.low.lead; ++j) ASSERT_NO_THROW(run(args.low.first_lead + j, 1));
+      for (int j = 0; i == before && j < args.low.project_blocks; ++j)
+        ASSERT_NO_THROW(run(args.low.first_project_block + j, 1));
       if (i < clusters) ASSERT_NO_THROW(run(args.low.first_cluster + i, splits));
     }
   };
@@ -194,13 +195,16 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
     out.fill(int64_t{m} * n, normal);
     ptx::prefetched.clear();
     device::LowRankArgs& low = args.low;
-    low.first_lead = low.step;
+    low.first_project_block = low.step;
     low.first_cluster = 0;
     low.early = kEarlyTurns;
-    low.down_piece = 16 * (rank * k / 8 / low.step + 1);
+    low.down_piece = static_cast<uint32_t>(down_piece(rank, k, low.step));
+    ptx::prefetched_l2 = 0;
     const int before = static_cast<int>(emulated::random() % 3) * (clusters - 1) / 2;
     low.patience = before == 0 && emulated::random() % 2 == 0 ? 1 << 20 : 5;
     run_all(before);
+    EXPECT_EQ(ptx::prefetched_l2, int64_t{rank} * k * kActBytes * (1 + args.gemm.tiles_m))
+        << "`down` is asked for once by those that multiply, and by those that project, for their tokens";
     EXPECT_EQ(std::memcmp(in_front.data(), out.data(), in_front.size() * sizeof(Act)), 0);
   }
 
