@@ -118,9 +118,10 @@ struct LowRankReceiver : LowRankPlaces<kTile, kMode> {
     }
     ptx::mbarrier_arrive(this->projected_full());
     if (lane > 0) return 0;
-    if (alone) count.begin();
+    int beside = 0;
+    if (alone) beside = LowRankCount::kAlone + (count.begin() ? LowRankCount::kBegan : 0);
     while (!begun) begun = count.has_begun();
-    return count.add(alone);
+    return count.add(beside);
   }
   // A lane's next packets, once all of them are there.
   __device__ __forceinline__ void take(int& at) const {

@@ -21,7 +21,8 @@ namespace sparse_marlin::device {
 // with the one place that it holds; that more launches than an SM has places wait so at once is not to be feared.
 struct LowRankCount {
   const LowRankArgs& low;
-  static constexpr int kAlone = 1 << 16;      // beside the count: somebody did without
+  // Beside the count: blocks that did without, and, of these, the one that began the count.
+  static constexpr int kAlone = 1 << 12, kBegan = 1 << 28;
   static constexpr unsigned kAloneNs = 1000;  // between looks of who waits for late packets
 
   // In the workspace, behind the counter: the launch whose count has an owner, who begins it; and that it counts from 0.
@@ -29,18 +30,21 @@ struct LowRankCount {
     return reinterpret_cast<unsigned long long*>(low.count) + 1;
   }
   __device__ __forceinline__ ptx::Packet* begun() const { return reinterpret_cast<ptx::Packet*>(low.count) + 1; }
-  // One thread's, after the wait for the kernel before: of the first block that projects, and where some do without, of any of these.
-  __device__ __forceinline__ void begin() const {
-    if (low.patience > 0 && atomicExch(owner(), low.token) == low.token) return;
+  // That the first block that projects has found the count begun.
+  __device__ __forceinline__ ptx::Packet* found() const { return begun() + 1; }
+  // One thread's, after the wait for the kernel before: of the first block that projects, and where some do without, of any of these. False
+  // if another one has begun.
+  __device__ __forceinline__ bool begin() const {
+    if (low.patience > 0 && atomicExch(owner(), low.token) == low.token) return false;
     *low.count = 0;
     __threadfence();
     ptx::packet_store(begun(), {}, low.token);
+    return true;
   }
   __device__ __forceinline__ bool has_begun() const { return ptx::packet_load(begun()).tag == low.token; }
-  // One thread's. How many blocks came before, and kAlone or more where one of them or this one did without.
-  __device__ __forceinline__ int add(bool alone) const {
-    const int mine = alone ? kAlone : 0;
-    return static_cast<int>(atomicAdd(low.count, 1u + mine)) + mine;
+  // One thread's, with what the block has to say beside. How many blocks came before, and what they and this one say.
+  __device__ __forceinline__ int add(int beside) const {
+    return static_cast<int>(atomicAdd(low.count, 1u + beside)) + beside;
   }
   // A warp's; before: lane 0 has it.
   __device__ __forceinline__ void clear_if_last(int before, int lane) const {
@@ -52,6 +56,10 @@ struct LowRankCount {
       ptx::packet_store(low.packets + i, {}, 0);
     }
     if (lane > 0) return;
+    if (before >= kBegan) {  // or the first block that projects would begin it again
+      while (ptx::packet_load(found()).tag != low.token) __nanosleep(kAloneNs);
+      ptx::packet_store(found(), {}, 0);
+    }
     ptx::packet_store(begun(), {}, 0);
     if (low.patience > 0) *owner() = 0;
   }
@@ -108,7 +116,8 @@ struct LowRankProject {
       ptx::prefetch_l2(static_cast<const char*>(args.low.down) + (rank0 + lane) * row_bytes() + first * kUnitBytes,
                        (last - first) * kUnitBytes);
     begin();  // the workspace, too, may still be in use by the kernel before
-    if (index == 0 && lane == 0) LowRankCount{args.low}.begin();
+    const LowRankCount count{args.low};
+    if (index == 0 && lane == 0 && !count.begin()) ptx::packet_store(count.found(), {}, args.low.token);
   }
   static __device__ __forceinline__ void begin() {
     ptx::grid_dependency_wait();

@@ -241,6 +241,7 @@ void expect_right(int m, int n, int k, int group_size, int num_sms, int splits =
   }
   if (kLowRank) {
     EXPECT_EQ(device::LowRankCount{args.low}.begun()->tag, 0u) << "nor that the counter is clear,";
+    EXPECT_NE(device::LowRankCount{args.low}.found()->tag, args.low.token) << "nor that somebody else began it,";
     EXPECT_NE(*device::LowRankCount{args.low}.owner(), args.low.token) << "nor whose it is";
   }
 }
