@@ -306,6 +306,7 @@ def result_of(
         **here,
         "left_out": sweep.left_out.reasons,
         "num_sms": sweep.device.num_sms,
+        "l2_bytes": sweep.device.l2_bytes,
         "dram_gb_per_s": sweep.device.dram_gb_per_s,
         "factor": args.factor,
         "most": args.most,

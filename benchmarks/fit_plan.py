@@ -8,10 +8,10 @@ constants of its own, found by non-linear least squares on the logarithm of the 
 problem weigh most, since the choice is made among them. Constants that few measurements decide stay near those of the
 tile's kernel as a whole, which are fitted first. A second step moves all constants a little so that the choices by them
 cost least: it descends along the gradient of the expected regret, where a plan is chosen with a probability that falls
-with its predicted time; errors of the times themselves count a little, or plans that seldom compete would drift to
-times that are far from theirs. Every problem counts twice, once with all its plans and once with those of the portable
-kernel, which other GPUs than Hopper's choose among. Regrets are those of a choice among the plans that were measured;
---held-out N fits to all problems but every N-th and tells the regret of those.
+with its predicted time, ever more steeply; errors of the times themselves count a little, or plans that seldom compete
+would drift to times that are far from theirs. Every problem counts twice, once with all its plans and once with those
+of the portable kernel, which other GPUs than Hopper's choose among. Regrets are those of a choice among the plans that
+were measured; --held-out N fits to all problems but every N-th and tells the regret of those.
 """
 
 import argparse
@@ -46,19 +46,21 @@ NAMES = (
     "exchange_split",
     "stream",
     "stream_part",
+    "behind",
 )
-START = (1.5, 0.3, 0.2, 0.1, 0.2, 1.0, 1.0, 3.0, 1.0, 0.2, 2.0, 0.5)
+START = (1.5, 0.3, 0.2, 0.1, 0.2, 1.0, 1.0, 3.0, 1.0, 0.2, 2.0, 0.5, 0.5)
 SMALLEST, LARGEST = 1e-4, 50.0
 LOWEST = {"power": 1.2, "dram": 0.7, "launch": 0.2, "turn": 0.01, "turn_block": 0.01}
 HIGHEST = {"power": 8.0, "dram": 2.0, "l2": 3.0}
 # Of the distance from the kernel's constants, in units of the error that a measurement may have.
 HOLD, KERNEL_HOLD = 0.02, 0.02
 SHARPNESS = 15.0  # a plan 1 / 15 slower than the best one weighs half
-# Of the second step: how much slower a plan is predicted that is chosen a third as often, the weights of the distance
-# from the first step's constants and of the squared errors of times, Adam's steps and their size.
-BLUR, REFINED_HOLD, REFINED_ERROR, STEPS, STEP = 0.025, 0.03, 0.03, 1000, 0.01
+# Of the second step: how much slower a plan is predicted that is chosen a third as often, at first, when many plans are
+# to be told apart, and at last, when the choice is nearly the planner's; the weights of the distance from the first
+# step's constants and of the squared errors of times; Adam's steps and their size.
+BLUR, LAST_BLUR, REFINED_HOLD, REFINED_ERROR, STEPS, STEP = 0.03, 0.003, 0.03, 0.03, 2000, 0.01
 WORST = 10  # regrets that are printed
-HBM3_GB_PER_S = 3352.0  # where a result does not say
+L2_BYTES, HBM3_GB_PER_S = 50 << 20, 3352.0  # an H100's, where a result does not say
 
 
 @dataclass
@@ -92,6 +94,7 @@ EFFORT = (
     "range_dram_us",
     "range_l2_us",
     "crowding",
+    "behind",
     "exchanges",
     "streams",
     "parts",
@@ -103,7 +106,8 @@ LEAST = 1e-9  # their powers have no gradient at 0
 
 def predicted(constants: Any, s: Samples) -> Any:
     """csrc/plan/cost.cpp, for all plans at once, arrays or tensors; constants for all, or a column for each plan."""
-    launch, crowding, turn, turn_block, tile, dram, l2, power, exchange, exchange_split, stream, stream_part = constants
+    launch, crowding, turn, turn_block, tile, dram, l2, power, exchange, exchange_split = constants[:10]
+    stream, stream_part, behind = constants[10:]
     e = s.effort
     waves = e["full_waves"] * (turn + turn_block * e["resident"])
     waves = waves + (e["last_wave"] > 0) * (turn + turn_block * e["last_wave"])
@@ -115,6 +119,7 @@ def predicted(constants: Any, s: Samples) -> Any:
 
     return (
         launch
+        + behind * e["behind"]
         + crowding * e["crowding"]
         + phase("")
         + phase("range_")
@@ -131,18 +136,22 @@ PORTABLE = "sm80"
 KERNELS = [*(tile.kernel for tile in _core.TILES), *("low rank" for _ in LOW_RANK)]
 
 
+def device_of(result: dict[str, Any]) -> _core.Device:
+    """The Hopper GPU that a sweep was measured on."""
+    l2_bytes, bandwidth = result.get("l2_bytes", L2_BYTES), result.get("dram_gb_per_s", HBM3_GB_PER_S)
+    return _core.Device(90, result["num_sms"], 227 << 10, 228 << 10, l2_bytes, bandwidth)
+
+
 def load(paths: list[Path]) -> tuple[list[dict[int, Samples]], list[dict[str, object]]]:
     """Samples by row of the table, and the problems, each once more among the plans that every GPU has.
 
-    Tiles that share activations have no constants of their own."""
+    Tiles that share activations have those of the tile before each, the same without. They read less from L2."""
     rows: list[dict[str, object]] = []
     columns: dict[int, list[tuple[object, ...]]] = defaultdict(list)
     for path in paths:
         result = json.loads(path.read_text())
-        number = {old: now for old, now in tile_numbers(result["tiles"]).items() if _core.TILES[now].share == 1}
-        device = _core.Device(
-            90, result["num_sms"], 227 << 10, 228 << 10, 50 << 20, result.get("dram_gb_per_s", HBM3_GB_PER_S)
-        )
+        number = tile_numbers(result["tiles"])
+        device = device_of(result)
         rank, packed = result.get("rank", 0), result.get("packed", False)
         for row in result["problems"]:
             problem = _core.Problem(
@@ -152,13 +161,15 @@ def load(paths: list[Path]) -> tuple[list[dict[int, Samples]], list[dict[str, ob
             for old, splits, _, us, *_ in row["plans"]:
                 try:
                     tile = number[int(old)]
+                    if not _core.may_share(problem, device, tile):  # the planner leaves it out
+                        continue
                     if rank:
                         plan = _core.plan_low_rank_with_tile(problem, device, rank, tile, int(splits), packed)
                     else:
                         plan = _core.plan_with_tile(problem, device, tile, int(splits))
                 except (KeyError, ValueError):  # tiles and splits that are gone
                     continue
-                of_table = len(_core.TILES) + LOW_RANK.index(tile) if rank else tile
+                of_table = len(_core.TILES) + LOW_RANK.index(tile) if rank else tile - (_core.TILES[tile].share > 1)
                 measured.append((of_table, plan.splits, us, _core.effort(problem, device, plan)))
             for among in (measured, [plan for plan in measured if KERNELS[plan[0]] == PORTABLE]):
                 if not among:
@@ -211,7 +222,7 @@ def fit(samples: dict[int, Samples]) -> list[np.ndarray]:
 
 
 def with_sharing(constants: list[np.ndarray]) -> list[np.ndarray]:
-    """Of tiles that share activations: those of the tile before each, the same without. They read less from L2."""
+    """Of tiles that share activations: those of the tile before each."""
     return [constants[i - 1] if tile.share > 1 else constants[i] for i, tile in enumerate(TILES)]
 
 
@@ -240,11 +251,12 @@ def refined(constants: list[np.ndarray], samples: dict[int, Samples]) -> list[np
     high = torch.tensor([HIGHEST.get(name, LARGEST) for name in NAMES]).double().log()
     logs = first.clamp(low, high).requires_grad_()
     adam = torch.optim.Adam([logs], lr=STEP)
-    for _ in range(STEPS):
+    for step in range(STEPS):
         adam.zero_grad()
+        blur = BLUR * (LAST_BLUR / BLUR) ** (step / STEPS)
         guess = torch.log(predicted(logs.exp()[tile].T, s))
         error = (s.weight * (guess - torch.log(s.us)) ** 2).sum()
-        odds = -guess / BLUR
+        odds = -guess / blur
         odds = torch.exp(odds - of_problem(odds.detach(), "amax"))
         chosen = odds / of_problem(odds, "sum")
         loss = (chosen * regret).sum() + REFINED_HOLD * ((logs - first) ** 2).sum() + REFINED_ERROR * error

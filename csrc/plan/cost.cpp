@@ -4,10 +4,11 @@
 //   work = turns x (sum over waves of turn + turn_block x blocks an SM holds) + tile x tiles of an SM, all waves
 //
 // There is one phase, but for stream-K: its whole tiles are one, its ranges another, in which memory and work overlap for themselves.
-// A launch with a low-rank correction is a kernel of its own and has constants of its own. A wave's turns take a latency and, for every
-// block that an SM holds, what it keeps the SM busy. p lies between max (infinity) and sum (1) of the three. A kernel that fills more
-// than half of the places for blocks keeps its successor from starting early. The constants are microseconds of an H100; on other GPUs
-// they rank plans, they do not predict times.
+// A launch with a low-rank correction is a kernel of its own and has constants of its own; where the blocks that project come behind,
+// t comes later, which costs as long in every launch. A wave's turns take a latency and, for every block that an SM holds, what it keeps
+// the SM busy. p lies between max (infinity) and sum (1) of the three. A kernel that fills more than half of the places for blocks keeps
+// its successor from starting early. The constants are microseconds of an H100 and an H200; on other GPUs they rank plans, they do not
+// predict times.
 #include "plan/cost.h"
 
 #include <algorithm>
@@ -40,7 +41,8 @@ double dram_bytes_per_us_sm(const Device& device) {
   }
 }
 
-// Clusters of `size` blocks that run at once where an SM holds one block. An H100 or H200 has 132 SMs, in groups of 16 or 18 of which some miss one (docs/KERNEL_SM90.md).
+// Clusters of `size` blocks that run at once where an SM holds one block. An H100 or H200 has 132 SMs, in groups of 16 or 18 of which
+// some miss one (docs/KERNEL_SM90.md).
 int resident_clusters(const Device& device, int size) {
   constexpr int kSms = 132;
   constexpr int kResident[kMaxCluster] = {132, 66, 39, 30, 22, 17, 15, 15};
@@ -121,8 +123,9 @@ Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
   const bool portable = family(plan.tile) == Family::kSm80;
   const int splits = std::max(1, plan.splits);
   const int cluster = portable ? 1 : share(plan.tile) * splits;
-  // Blocks or clusters. Those that project a correction take places of the first wave; where they come behind, too, by the fit.
-  const double groups = tiles_m * tiles_n * (portable ? splits : 1) + static_cast<double>(plan.project_blocks) / splits;
+  // Blocks or clusters. Those that project a correction take places of the first wave, unless they come behind.
+  const double in_front = plan.behind ? 0 : static_cast<double>(plan.project_blocks) / splits;
+  const double groups = tiles_m * tiles_n * (portable ? splits : 1) + in_front;
   const double at_once = portable ? sms : resident_clusters(device, cluster);
 
   Effort e;
@@ -134,6 +137,7 @@ Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
   e.tiles = e.full_waves * e.resident + e.last_wave;
   if (plan.splits < 0) stream(e, plan, groups, col_tiles, sms);
 
+  e.behind = plan.behind ? 1 : 0;
   if (plan.splits > 1) e.exchanges = portable ? 1 : e.full_waves + (e.last_wave > 0);
 
   const double weights =
@@ -175,7 +179,7 @@ double predicted_us(const Problem& problem, const Device& device, const Plan& pl
       pow_sum(e.range_turns * turn + c.tile * e.range_tiles, c.dram * e.range_dram_us, c.l2 * e.range_l2_us, c.power);
   const double exchange = e.exchanges * (c.exchange + c.exchange_split * plan.splits) +
                           e.streams * (c.stream + c.stream_part * e.parts) + e.reduce_us;
-  return c.launch + c.crowding * e.crowding + whole + range + exchange;
+  return c.launch + c.behind * e.behind + c.crowding * e.crowding + whole + range + exchange;
 }
 
 }  // namespace sparse_marlin
