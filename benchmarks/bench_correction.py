@@ -2,10 +2,10 @@
 
     python benchmarks/bench_correction.py --json benchmarks/results/correction_h100.json
 
-Both in CUDA graphs, weights and factors each rotated through more memory than the L2 cache holds, as a model's layers
-are, float16, 4 bits, group 128. The correction's factor `up` is packed, as `sparse_marlin.compress` makes it; --dense:
-float16. --plain: launches of the same plans that do not start before the kernel before has ended, as they follow a
-kernel that does not let them.
+Both in CUDA graphs that take turns, weights and factors each rotated through more memory than the L2 cache holds, as a
+model's layers are, float16, 4 bits, group 128. The correction's factor `up` is packed, as `sparse_marlin.compress`
+makes it; --dense: float16. --plain: launches of the same plans that do not start before the kernel before has ended, as
+they follow a kernel that does not let them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import statistics
 from pathlib import Path
 
 import torch
-from timing import graph_us, machine
+from timing import Recorder, machine
 
 from sparse_marlin import SparseMarlinLinear, _core, testing
 from sparse_marlin.info import planner_device
@@ -34,6 +34,7 @@ SHAPES = {
     "70B down": (8192, 28672),
 }
 ROTATED_BYTES = 150e6
+ROUNDS = 9
 
 
 def without_dependent_launch(layer: SparseMarlinLinear, x: torch.Tensor, plan: _core.Plan) -> torch.Tensor:
@@ -63,7 +64,7 @@ def main() -> None:
     if options.plain and options.dense:
         parser.error("--plain: expected no --dense, whose correction may be two products behind the launch")
     rows = []
-    gpu = planner_device()
+    gpu, recorder = planner_device(), Recorder()
     for name, (n, k) in SHAPES.items():
         codes, scales = testing.random_codes(n, k).cuda(), testing.random_scales(n, k).cuda().half()
         factor_bytes = 2 * options.rank * k + (2 * options.rank if options.dense else 50) * n
@@ -88,11 +89,14 @@ def main() -> None:
                 return without_dependent_launch(layer, x, plans[layer.rank]) if options.plain else layer(x)
 
             with torch.inference_mode():
-                times = {
-                    rank: statistics.median(graph_us(lambda i, of=of, call=call: call(of[i % len(of)]), 4 * len(of)))
-                    for rank, of in layers.items()
-                }
-            plain, corrected = times[0], times[options.rank]
+                for of in layers.values():  # what a call loads cannot be captured
+                    call(of[0])
+                torch.cuda.synchronize()
+                recorded = [
+                    recorder.capture(lambda i, of=of, call=call: call(of[i % len(of)]), 4 * len(of))
+                    for of in layers.values()
+                ]
+                plain, corrected = map(statistics.median, recorder.times(recorded, ROUNDS))
             share = corrected / plain - 1
             rows.append({"shape": name, "tokens": tokens, "plain_us": plain, "corrected_us": corrected, "more": share})
             how = "two products"
