@@ -383,6 +383,21 @@ def test_problems_without_a_kernel_for_the_correction():
         _core.plan_low_rank_with_tile(_core.Problem(32, 4096, 4096), H100, 64, WIDE_TILES[0])
 
 
+@pytest.mark.parametrize("m", [1, 16])
+@pytest.mark.parametrize(("n", "k"), [(106496, 16384), (1 << 20, 4096), (262144, 8192)])
+def test_blocks_that_take_the_first_product_can_be_counted(n, k, m):
+    """The kernel keeps two flags above 4096 in their counter (csrc/device/project_decode.cuh)."""
+    blocks = []
+    for tile in TILES:
+        for splits in (1, 2, 4, 8):
+            try:
+                plan = _core.plan_low_rank_with_tile(_core.Problem(m, n, k), H100, 64, tile, splits)
+            except ValueError:  # more blocks than places
+                continue
+            blocks.append((plan.grid - plan.project_blocks) // splits)
+    assert max(blocks) == 2 * H100.num_sms
+
+
 @pytest.mark.parametrize("m", [1, 16, 17, 64, 200, 1024, 8192])
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (28672, 4096), (4096, 14336), (520, 1096)])
 def test_plans_with_a_packed_factor(n, k, m):

@@ -21,7 +21,8 @@ namespace sparse_marlin::device {
 // with the one place that it holds; that more launches than an SM has places wait so at once is not to be feared.
 struct LowRankCount {
   const LowRankArgs& low;
-  // Beside the count: blocks that did without, and, of these, the one that began the count.
+  // Beside the count: blocks that did without, and, of these, the one that began the count. All that count are on the GPU at once: some
+  // hundreds (tests/test_low_rank.py).
   static constexpr int kAlone = 1 << 12, kBegan = 1 << 28;
   static constexpr unsigned kAloneNs = 1000;  // between looks of who waits for late packets
 
