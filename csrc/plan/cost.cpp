@@ -4,8 +4,8 @@
 //   work = turns x (sum over waves of turn + turn_block x blocks an SM holds) + tile x tiles of an SM, all waves
 //
 // There is one phase, but for stream-K: its whole tiles are one, its ranges another, in which memory and work overlap for themselves.
-// A launch with a low-rank correction is a kernel of its own and has constants of its own; where the blocks that project come behind,
-// t comes later, which costs as long in every launch. A wave's turns take a latency and, for every block that an SM holds, what it keeps
+// A launch with a low-rank correction is a kernel of its own and has constants of its own; where the blocks that project come behind
+// the others, or in front of more than then find places, it takes longer by the same time in every launch. A wave's turns take a latency and, for every block that an SM holds, what it keeps
 // the SM busy. p lies between max (infinity) and sum (1) of the three. A kernel that fills more than half of the places for blocks keeps
 // its successor from starting early. The constants are microseconds of an H100 and an H200; on other GPUs they rank plans, they do not
 // predict times.
@@ -123,21 +123,25 @@ Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
   const bool portable = family(plan.tile) == Family::kSm80;
   const int splits = std::max(1, plan.splits);
   const int cluster = portable ? 1 : share(plan.tile) * splits;
-  // Blocks or clusters. Those that project a correction take places of the first wave, unless they come behind.
-  const double in_front = plan.behind ? 0 : static_cast<double>(plan.project_blocks) / splits;
-  const double groups = tiles_m * tiles_n * (portable ? splits : 1) + in_front;
+  // Blocks or clusters. Those that project a correction take places of the first wave, unless they come behind. They end soon: where some
+  // of the others must wait for their places, that is no wave of its own.
+  const double multiply = tiles_m * tiles_n * (portable ? splits : 1);
+  const double project = static_cast<double>(plan.project_blocks) / splits;
   const double at_once = portable ? sms : resident_clusters(device, cluster);
+  const double places = at_once * blocks_per_sm(device, plan);
+  const bool wait_for_places = !plan.behind && multiply <= places && multiply + project > places;
+  const double groups = plan.behind ? multiply : wait_for_places ? places : multiply + project;
 
   Effort e;
   e.turns = ceil_div(ceil_div(col_tiles, splits), cols_at_once(plan.tile));
   e.resident = blocks_per_sm(device, plan);
-  e.full_waves = std::floor(groups / (at_once * e.resident));
-  e.last_wave = std::ceil((groups - e.full_waves * at_once * e.resident) / at_once);
-  e.crowding = std::clamp(2 * groups / (at_once * e.resident) - 1, 0.0, 1.0);
+  e.full_waves = std::floor(groups / places);
+  e.last_wave = std::ceil((groups - e.full_waves * places) / at_once);
+  e.crowding = std::clamp(2 * groups / places - 1, 0.0, 1.0);
   e.tiles = e.full_waves * e.resident + e.last_wave;
   if (plan.splits < 0) stream(e, plan, groups, col_tiles, sms);
 
-  e.behind = plan.behind ? 1 : 0;
+  e.late = plan.behind || wait_for_places ? 1 : 0;
   if (plan.splits > 1) e.exchanges = portable ? 1 : e.full_waves + (e.last_wave > 0);
 
   const double weights =
@@ -179,7 +183,7 @@ double predicted_us(const Problem& problem, const Device& device, const Plan& pl
       pow_sum(e.range_turns * turn + c.tile * e.range_tiles, c.dram * e.range_dram_us, c.l2 * e.range_l2_us, c.power);
   const double exchange = e.exchanges * (c.exchange + c.exchange_split * plan.splits) +
                           e.streams * (c.stream + c.stream_part * e.parts) + e.reduce_us;
-  return c.launch + c.behind * e.behind + c.crowding * e.crowding + whole + range + exchange;
+  return c.launch + c.late * e.late + c.crowding * e.crowding + whole + range + exchange;
 }
 
 }  // namespace sparse_marlin
