@@ -60,8 +60,9 @@ def test_the_fit_has_the_planners_formula() -> None:
         (["plan_h200"], True, 330, 0.003, 2),
         (["plan_h100_rank64"], False, 437, 0.008, 6),
         (["plan_h200_rank64"], False, 349, 0.007, 5),
-        # on another card; the fit has not seen them
+        # other runs than those that it is fitted to
         (["plan_h100_cold"], False, 132, 0.005, 0),
+        (["plan_h200_second"], False, 87, 0.004, 1),
     ],
 )
 def test_the_table_chooses_well_on_the_committed_sweeps(

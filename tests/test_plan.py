@@ -1,6 +1,8 @@
 """The planner, without a GPU: invariants over a grid of problems and devices, and the text of explain()."""
 
+import ast
 import itertools
+from pathlib import Path
 
 import pytest
 
@@ -199,3 +201,14 @@ def test_stream_k_fills_the_last_round():
     efforts = [_core.effort(problem, device, plan) for plan in (whole, streamed)]
     assert [(effort.turns, effort.range_turns) for effort in efforts] == [(32, 0), (0, 28)]
     assert "stream-K" in _core.explain(_core.Problem(512, 28672, 4096), device)
+
+
+def test_the_stub_has_every_field():
+    """Type checkers see `_core.pyi` alone."""
+    stub = Path(__file__).resolve().parent.parent / "python" / "sparse_marlin" / "_core.pyi"
+    classes = [node for node in ast.parse(stub.read_text()).body if isinstance(node, ast.ClassDef)]
+    assert {"Problem", "Device", "Effort", "Plan", "Tile"} <= {node.name for node in classes}
+    for node in classes:
+        written = {each.name for each in node.body if isinstance(each, ast.FunctionDef) and each.name != "__init__"}
+        made = {name for name, each in vars(getattr(_core, node.name)).items() if isinstance(each, property)}
+        assert written == made, node.name

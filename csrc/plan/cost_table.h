@@ -8,7 +8,7 @@ namespace sparse_marlin {
 
 struct TileCost {
   double launch, crowding, turn, turn_block, tile, dram, l2, power, exchange, exchange_split, stream, stream_part;
-  double late;
+  double late;  // of a correction
 };
 inline constexpr std::array<TileCost, kNumTiles> kTileCosts{{
     {1.382, 0.005222, 0.1873, 0.1376, 0.2151, 0.9132, 1.184, 1.824, 0.2108, 0.7216, 2, 0.5, 0.5},  // sm80 8 x 16
