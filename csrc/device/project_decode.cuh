@@ -213,6 +213,13 @@ struct LowRankProject {
              ((token + q * kMmaTokens) * low.rank + rank) / kSumRanks;
     };
     const auto exists = [&](int q) { return token + q * kMmaTokens < args.gemm.m; };
+    const bool takes = share == others && from < others;
+    ptx::Packet* of_share[kBlocks];
+#pragma unroll
+    for (int q = 0; q < kBlocks; ++q) {
+      of_share[q] = takes && exists(q) ? sums_of(from, q) : nullptr;
+      asm volatile("" : "+l"(of_share[q]));  // before the wait
+    }
     ptx::named_barrier(kProjected, kWarps * format::kLanes);
     float2 v = {};
     if (warp < kBlocks) {
@@ -226,18 +233,24 @@ struct LowRankProject {
       return;
     }
     if (others > 0) {
-      if (from < others) {
+      if (takes) {
+        float2 taken[kBlocks];
+        take(of_share, taken);
 #pragma unroll
-        for (int q = 0; q < kBlocks; ++q)
-          if (exists(q)) others_at(q, from)[lane] = take(sums_of(from, q));
+        for (int q = 0; q < kBlocks; ++q) others_at(q, from)[lane] = taken[q];
       }
       ptx::named_barrier(kProjected, kWarps * format::kLanes);
     }
     if (warp >= kBlocks) return;
     if (others > 0) {
-      float2 before = others_at(warp, 0)[lane];
-#pragma unroll 1
-      for (int i = 1; i < others; ++i) before = add(before, others_at(warp, i)[lane]);
+      float2 each[kMostShares - 1];
+#pragma unroll
+      for (int i = 0; i < kMostShares - 1; ++i)
+        if (i < others) each[i] = others_at(warp, i)[lane];
+      float2 before = each[0];
+#pragma unroll
+      for (int i = 1; i < kMostShares - 1; ++i)
+        if (i < others) before = add(before, each[i]);
       v = add(before, v);
     }
     const uint32_t mine = Pair<Act>::of(v.x, v.y);
@@ -246,14 +259,25 @@ struct LowRankProject {
       ptx::packet_store(low.packets + ((token + warp * kMmaTokens) * low.rank + rank) / kPacketRanks, {mine, right},
                         low.token);
   }
-  // Nobody else reads this packet.
-  __device__ __forceinline__ float2 take(ptx::Packet* of_sum) const {
-    ptx::Packet found;
+  // Nobody else reads these packets. They are looked for together: one after the other each would be a way to L2 and back.
+  __device__ __forceinline__ void take(ptx::Packet* const (&of_sums)[kBlocks], float2 (&sums)[kBlocks]) const {
+    ptx::Packet found[kBlocks];
+    bool there;
     do {
-      found = ptx::packet_load(of_sum);
-    } while (found.tag != args.low.token);
-    ptx::packet_store(of_sum, {}, 0);
-    return {__uint_as_float(found.values.x), __uint_as_float(found.values.y)};
+#pragma unroll
+      for (int q = 0; q < kBlocks; ++q) {
+        found[q] = {{}, args.low.token};
+        if (of_sums[q] != nullptr) found[q] = ptx::packet_load(of_sums[q]);
+      }
+      there = true;
+#pragma unroll
+      for (int q = 0; q < kBlocks; ++q) there &= found[q].tag == args.low.token;
+    } while (!there);
+#pragma unroll
+    for (int q = 0; q < kBlocks; ++q) {
+      if (of_sums[q] != nullptr) ptx::packet_store(of_sums[q], {}, 0);
+      sums[q] = {__uint_as_float(found[q].values.x), __uint_as_float(found[q].values.y)};
+    }
   }
 
   // All of t by one warp of a block that multiplies, into its shared memory, [token][rank + padding]: the sums of all warps of all shares, added

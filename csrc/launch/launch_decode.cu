@@ -75,7 +75,7 @@ device::LowRankArgs low_rank_args(const Problem& problem, const Plan& plan, cons
     low.first_project_block = low.step;
     low.first_cluster = 0;
     low.patience = kLooks;
-    low.early = kEarlyTurns;
+    low.early = early_turns(tile);
     low.down_piece = static_cast<uint32_t>(down_piece(plan.rank, problem.k, low.step));
   }
   if (plan.tail > 0) {
