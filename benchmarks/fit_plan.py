@@ -47,9 +47,10 @@ NAMES = (
     "exchange_split",
     "stream",
     "stream_part",
+    "behind",
     "late",
 )
-START = (1.5, 0.3, 0.2, 0.1, 0.2, 1.0, 1.0, 3.0, 1.0, 0.2, 2.0, 0.5, 0.5)
+START = (1.5, 0.3, 0.2, 0.1, 0.2, 1.0, 1.0, 3.0, 1.0, 0.2, 2.0, 0.5, 0.5, 0.5)
 SMALLEST, LARGEST = 1e-4, 50.0
 LOWEST = {"power": 1.2, "dram": 0.7, "launch": 0.2, "turn": 0.01, "turn_block": 0.01}
 HIGHEST = {"power": 8.0, "dram": 2.0, "l2": 3.0}
@@ -96,6 +97,7 @@ EFFORT = (
     "range_dram_us",
     "range_l2_us",
     "crowding",
+    "behind",
     "late",
     "exchanges",
     "streams",
@@ -109,7 +111,7 @@ LEAST = 1e-9  # their powers have no gradient at 0
 def predicted(constants: Any, s: Samples) -> Any:
     """csrc/plan/cost.cpp, for all plans at once, arrays or tensors; constants for all, or a column for each plan."""
     launch, crowding, turn, turn_block, tile, dram, l2, power, exchange, exchange_split = constants[:10]
-    stream, stream_part, late = constants[10:]
+    stream, stream_part, behind, late = constants[10:]
     e = s.effort
     waves = e["full_waves"] * (turn + turn_block * e["resident"])
     waves = waves + (e["last_wave"] > 0) * (turn + turn_block * e["last_wave"])
@@ -121,6 +123,7 @@ def predicted(constants: Any, s: Samples) -> Any:
 
     return (
         launch
+        + behind * e["behind"]
         + late * e["late"]
         + crowding * e["crowding"]
         + phase("")

@@ -1,11 +1,12 @@
 // The cost model: one formula for all kernels, with constants of each tile (plan/cost_table.h, fitted by benchmarks/fit_plan.py).
 //
-//   us = launch + late + crowding + sum over phases of (work^p + (c dram)^p + (d l2)^p)^(1/p) + exchanges
+//   us = launch + behind + late + crowding + sum over phases of (work^p + (c dram)^p + (d l2)^p)^(1/p) + exchanges
 //   work = turns x (sum over waves of turn + turn_block x blocks an SM holds) + tile x tiles of an SM, all waves
 //
 // There is one phase, but for stream-K: its whole tiles are one, its ranges another, in which memory and work overlap for themselves.
-// A launch with a low-rank correction is a kernel of its own and has constants of its own. `late` is one of them: where the blocks that
-// project come behind the others, or in front of others that must wait for their places, it takes so much longer, whatever k is.
+// A launch with a low-rank correction is a kernel of its own and has constants of its own. Two of them
+// are `behind`, where the blocks that project come behind the others, and `late`, where they come in front and some of the others must
+// wait for their places: it takes so much longer, whatever k is.
 // A wave's turns take a latency and, for every block that an SM holds, what it keeps the SM busy. p lies between max (infinity) and sum (1)
 // of the three. A kernel that fills more than half of the places for blocks keeps its successor from starting early. The constants are
 // microseconds of an H100 and an H200; on other GPUs they rank plans, they do not predict times.
@@ -141,7 +142,8 @@ Effort effort(const Problem& problem, const Device& device, const Plan& plan) {
   e.tiles = e.full_waves * e.resident + e.last_wave;
   if (plan.splits < 0) stream(e, plan, groups, col_tiles, sms);
 
-  e.late = plan.behind || wait_for_places ? 1 : 0;
+  e.behind = plan.behind ? 1 : 0;
+  e.late = wait_for_places ? 1 : 0;
   if (plan.splits > 1) e.exchanges = portable ? 1 : e.full_waves + (e.last_wave > 0);
 
   const double weights =
@@ -183,7 +185,7 @@ double predicted_us(const Problem& problem, const Device& device, const Plan& pl
       pow_sum(e.range_turns * turn + c.tile * e.range_tiles, c.dram * e.range_dram_us, c.l2 * e.range_l2_us, c.power);
   const double exchange = e.exchanges * (c.exchange + c.exchange_split * plan.splits) +
                           e.streams * (c.stream + c.stream_part * e.parts) + e.reduce_us;
-  return c.launch + c.late * e.late + c.crowding * e.crowding + whole + range + exchange;
+  return c.launch + c.behind * e.behind + c.late * e.late + c.crowding * e.crowding + whole + range + exchange;
 }
 
 }  // namespace sparse_marlin

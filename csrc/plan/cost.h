@@ -21,7 +21,8 @@ struct Effort {
   double range_dram_us = 0;  // with what is read again
   double range_l2_us = 0;
   double crowding = 0;   // 0: the next kernel's blocks all find room beside this one's, 1: none does
-  double late = 0;       // 1: of a correction, t comes late to all blocks that multiply, or some of these do
+  double behind = 0;     // 1: of a correction, the blocks that project come behind those that multiply
+  double late = 0;       // 1: of a correction, some of the blocks that multiply wait for places
   double exchanges = 0;  // of sums, one after another: a cluster that splits k ends with its output tile
   double streams = 0;    // 1: stream-K, and
   double parts = 0;      // blocks that a tile's sums come from

@@ -166,6 +166,7 @@ void bind_structs(py::module_& m) {
       .def_readonly("range_dram_us", &Effort::range_dram_us)
       .def_readonly("range_l2_us", &Effort::range_l2_us)
       .def_readonly("crowding", &Effort::crowding)
+      .def_readonly("behind", &Effort::behind)
       .def_readonly("late", &Effort::late)
       .def_readonly("exchanges", &Effort::exchanges)
       .def_readonly("streams", &Effort::streams)
