@@ -58,11 +58,13 @@ def test_the_fit_has_the_planners_formula() -> None:
         # of these the best few are measured, and seldom again
         (["plan_h100", "plan_h100_models"], True, 500, 0.004, 8),
         (["plan_h200"], True, 330, 0.003, 2),
-        (["plan_h100_rank64"], False, 437, 0.007, 8),
+        (["plan_h100_rank64"], False, 437, 0.0075, 5),
         (["plan_h200_rank64"], False, 395, 0.007, 6),
+        (["plan_h200_rank64_first"], False, 349, 0.006, 3),
         # other runs than those that it is fitted to
         (["plan_h100_cold"], False, 132, 0.005, 0),
         (["plan_h200_second"], False, 87, 0.004, 1),
+        (["plan_h200_rank64_models"], False, 56, 0.003, 1),
     ],
 )
 def test_the_table_chooses_well_on_the_committed_sweeps(
