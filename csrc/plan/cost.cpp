@@ -4,9 +4,9 @@
 //   work = turns x (sum over waves of turn + turn_block x blocks an SM holds) + tile x tiles of an SM, all waves
 //
 // There is one phase, but for stream-K: its whole tiles are one, its ranges another, in which memory and work overlap for themselves.
-// A launch with a low-rank correction is a kernel of its own and has constants of its own. Two of them
-// are `behind`, where the blocks that project come behind the others, and `late`, where they come in front and some of the others must
-// wait for their places: it takes so much longer, whatever k is.
+// A launch with a low-rank correction is a kernel of its own and has constants of its own. Two of them are `behind`, where the blocks that
+// project come behind the others, and `late`, where they come in front and some of the others must wait for their places: it takes so much
+// longer, whatever k is.
 // A wave's turns take a latency and, for every block that an SM holds, what it keeps the SM busy. p lies between max (infinity) and sum (1)
 // of the three. A kernel that fills more than half of the places for blocks keeps its successor from starting early. The constants are
 // microseconds of an H100 and an H200; on other GPUs they rank plans, they do not predict times.
