@@ -75,7 +75,7 @@ constexpr int64_t down_piece(int rank, int64_t k, int64_t blocks) {
   return (copies + blocks - 1) / blocks * kCopyBytes;
 }
 // Turns before a block's last request for weights at which such a launch lets the next one start: that one's blocks find places on all SMs
-// as long as none of this one's has ended. As measured: fewer and more are slower (docs/KERNEL_SM90.md, attempt 120).
+// as long as none of this one's has ended. So many did best on an H200 (docs/KERNEL_SM90.md, attempt 120).
 constexpr int early_turns(const TileDecode& t) { return 2 * t.token_blocks(); }
 // Looks for t, each a way to L2 and a rest, before a block that multiplies projects for itself (device/low_rank_decode.cuh).
 inline constexpr int kLooks = 1000;
