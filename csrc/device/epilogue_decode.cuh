@@ -30,18 +30,49 @@ struct DecodeEpilogue {
     asm volatile("" : "+r"(address));
     return static_cast<uint8_t*>(__cvta_shared_to_generic(address));
   }
-  // The sums of the warps `warp_k` along k.
-  template <bool kInRing>
-  __device__ __forceinline__ float* sums_at(int warp_k, int token, int feature) const {
-    if constexpr (kInRing) {  // [warp along k][warp along features][token][feature of the warp]
-      const int of = warp_k * kTile.warps_n + feature / kWarpFeatures;
-      float* ring =
-          reinterpret_cast<float*>(shared_at(warp.smem + args.start.ring + of * args.start.stages * Warp::kStageBytes));
-      return ring + token * kWarpPitch + feature % kWarpFeatures;
+  // Where this thread's part of the end takes place. Worked out before the main loop, where that has the registers: at a tile's end nothing hides
+  // a row of dependent instructions.
+  static constexpr bool kWayAhead =
+      kMode != ScaleMode::kSteps && Warp::kPlaneSteps == format::kSliceSteps && !(kLowRank && Warp::kBlocks > 1);
+  struct Way {
+    uint32_t to;    // in shared memory: its sums of its first token
+    uint32_t from;  // and its first vector, as the first warp along k left it
+    int tokens;     // of the tile from its first one on, in shared memory;
+    int exist;      // of all of the tile, in the output
+    int count;      // features that exist of its vectors, all of the same ones
+    Act* out;       // its first vector
+  };
+  __device__ __forceinline__ bool in_ring() const { return Warp::kBlocks > 1 && args.start.tiles <= warp.step(); }
+  __device__ __forceinline__ int ring_bytes() const { return args.start.stages * Warp::kStageBytes; }
+  __device__ __forceinline__ Way way(const BlockWork& work) const {
+    const KernelArgs& g = args.gemm;
+    int lane = warp.lane, vector = threadIdx.x;
+    if (!kWayAhead) asm volatile("" : "+r"(lane), "+r"(vector));  // not before the main loop either
+    const int row = lane / format::kLanesPerRow, column = 2 * (lane % format::kLanesPerRow);
+    const int token = vector / kRowVectors, feature = vector % kRowVectors * kVectorFeatures;
+    Way w;
+    if (in_ring()) {  // [warp along k][warp along features][token][feature of the warp]
+      const uint32_t ring = warp.smem + args.start.ring;
+      w.to = ring + (warp.warp_k * kTile.warps_n + warp.warp_n) * ring_bytes() +
+             (column * kWarpPitch + row) * uint32_t{sizeof(float)};
+      w.from = ring + feature / kWarpFeatures * ring_bytes() +
+               (token * kWarpPitch + feature % kWarpFeatures) * uint32_t{sizeof(float)};
     } else {  // [warp along k][token][feature]
-      float* exchange = reinterpret_cast<float*>(shared_at(warp.smem + args.smem.exchange));
-      return exchange + (warp_k * tokens() + token) * kPitch + feature;
+      const uint32_t exchange = warp.smem + args.smem.exchange;
+      w.to = exchange +
+             ((warp.warp_k * tokens() + column) * kPitch + warp.warp_n * kWarpFeatures + row) * uint32_t{sizeof(float)};
+      w.from = exchange + (token * kPitch + feature) * uint32_t{sizeof(float)};
     }
+    w.tokens = args.smem.rows - column;
+    w.exist = min(args.smem.rows, g.m - work.tile_m * kTile.block_m);
+    const int n = work.tile_n * kTile.block_n() + feature;
+    w.count = min(kVectorFeatures, g.n - n);
+    w.out = static_cast<Act*>(g.params.out) + static_cast<int64_t>(work.tile_m * kTile.block_m + token) * g.n + n;
+    return w;
+  }
+  // Of this thread's vectors.
+  static __device__ __forceinline__ int first_feature(const BlockWork& work) {
+    return work.tile_n * kTile.block_n() + static_cast<int>(threadIdx.x) % kRowVectors * kVectorFeatures;
   }
   __device__ __forceinline__ float4* received() const {  // [split][vector]
     return reinterpret_cast<float4*>(shared_at(warp.smem + args.smem.received));
@@ -60,21 +91,16 @@ struct DecodeEpilogue {
 
   // first: token of the pass where its sums go
   template <bool kInRing>
-  __device__ __forceinline__ void share(const typename Warp::Sums& sums, int pass, int first) const {
-    int lane = warp.lane;
-    asm volatile("" : "+r"(lane));  // as above
-    const int g = lane / format::kLanesPerRow, c = lane % format::kLanesPerRow;
+  __device__ __forceinline__ void share(const typename Warp::Sums& sums, const Way& way, int pass, int first) const {
     constexpr int kRow = kInRing ? kWarpPitch : kPitch;
-    float* to = sums_at<kInRing>(warp.warp_k, first, warp.warp_n * kWarpFeatures) + g;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const int token = 2 * c + j;
-      if (pass * kMmaTokens + token >= args.smem.rows) continue;
+      if (pass * kMmaTokens + j >= way.tokens) continue;
+      float* to = reinterpret_cast<float*>(shared_at(way.to)) + (first + j) * kRow;
 #pragma unroll
       for (int s = 0; s < Warp::kSlices; ++s) {
-        float* at = to + token * kRow + s * format::kSliceRows;
-        at[0] = sums.d[s][pass].reg[j];
-        at[format::kHalfRows] = sums.d[s][pass].reg[2 + j];
+        to[s * format::kSliceRows] = sums.d[s][pass].reg[j];
+        to[s * format::kSliceRows + format::kHalfRows] = sums.d[s][pass].reg[2 + j];
       }
     }
   }
@@ -82,15 +108,20 @@ struct DecodeEpilogue {
   static __device__ __forceinline__ float4 add(const float4& a, const float4& b) {
     return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
   }
-  // Vector i of those that are there, all warps along k.
+  // A vector, whose sums of the first warp along k are at `from`: all warps'.
   template <bool kInRing>
-  __device__ __forceinline__ float4 total(int i) const {
-    const int token = i / kRowVectors, feature = i % kRowVectors * kVectorFeatures;
-    float4 v = *reinterpret_cast<const float4*>(sums_at<kInRing>(0, token, feature));
+  __device__ __forceinline__ float4 total(uint32_t from) const {
+    const int step = kInRing ? kTile.warps_n * ring_bytes() : tokens() * kPitch * int{sizeof(float)};
+    float4 v = *reinterpret_cast<const float4*>(shared_at(from));
 #pragma unroll
-    for (int k = 1; k < kTile.warps_k; ++k)
-      v = add(v, *reinterpret_cast<const float4*>(sums_at<kInRing>(k, token, feature)));
+    for (int k = 1; k < kTile.warps_k; ++k) v = add(v, *reinterpret_cast<const float4*>(shared_at(from + k * step)));
     return v;
+  }
+  // Tokens from a thread's vector to its next, and bytes from the sums of one to those of the other.
+  static constexpr int kNextTokens = kThreads / kRowVectors;
+  template <bool kInRing>
+  static constexpr int next_bytes() {
+    return kNextTokens * (kInRing ? kWarpPitch : kPitch) * int{sizeof(float)};
   }
   // Scales of whole channels; with a correction the sums are scaled before it.
   static constexpr bool kScaledHere = !kLowRank && kMode == ScaleMode::kNone;
@@ -118,33 +149,41 @@ struct DecodeEpilogue {
     return {v.x * Pair<Act>::to_float(scales.x), v.y * Pair<Act>::high_to_float(scales.x),
             v.z * Pair<Act>::to_float(scales.y), v.w * Pair<Act>::high_to_float(scales.y)};
   }
+  // A finished vector; feature(): its first one.
+  template <typename Feature>
+  __device__ __forceinline__ void store(Act* out, float4 v, const Feature& feature, int count,
+                                        const uint2& fetched) const {
+    const KernelArgs& g = args.gemm;
+    if (kScaledHere) {
+      v = times(v, count == kVectorFeatures ? fetched
+                                            : some_scales(static_cast<const Act*>(g.params.scales) + feature(), count));
+    }
+    if (g.params.bias != nullptr) v = with_bias(v, static_cast<const Act*>(g.params.bias) + feature(), count);
+    store_out<Act>(out, nullptr, v, count, g.n % kVectorFeatures == 0);
+  }
   // The finished vector i of the tile.
-  __device__ __forceinline__ void store(const BlockWork& work, int i, float4 v, const uint2& fetched) const {
+  __device__ __forceinline__ void store(const BlockWork& work, int i, const float4& v, const uint2& fetched) const {
     const KernelArgs& g = args.gemm;
     const int token = work.tile_m * kTile.block_m + i / kRowVectors;
     const int n = work.tile_n * kTile.block_n() + i % kRowVectors * kVectorFeatures;
     if (token >= g.m || n >= g.n) return;
-    const int count = min(kVectorFeatures, g.n - n);
-    if (kScaledHere) {
-      const Act* scales = static_cast<const Act*>(g.params.scales) + n;
-      v = times(v, count == kVectorFeatures ? fetched : some_scales(scales, count));
-    }
-    const Act* bias = static_cast<const Act*>(g.params.bias);
-    store_out(static_cast<Act*>(g.params.out) + static_cast<int64_t>(token) * g.n + n,
-              bias == nullptr ? nullptr : bias + n, v, count, g.n % kVectorFeatures == 0);
+    store(
+        static_cast<Act*>(g.params.out) + static_cast<int64_t>(token) * g.n + n, v, [&] { return n; },
+        min(kVectorFeatures, g.n - n), fetched);
   }
 
   // Vectors first .. first + count of the tile, to the blocks of the cluster that own them. Loops that a thread goes through once or
   // twice are not unrolled here: none of this code is in an instruction cache yet.
   template <bool kInRing>
-  __device__ __forceinline__ void send(int first, int count) const {
+  __device__ __forceinline__ void send(const Way& way, int first, int count) const {
     const int splits = args.gemm.splits, rank = ptx::cluster_block();
     const int slots = args.smem.owned;
     const uint32_t place = warp.smem + args.smem.received + rank * slots * kVectorBytes;
+    uint32_t from = way.from;
 #pragma unroll 1
-    for (int i = thread(); i < count; i += kThreads) {
+    for (int i = thread(); i < count; i += kThreads, from += next_bytes<kInRing>()) {
       const int slot = divide(first + i, args.splits_inverse), owner = first + i - slot * splits;
-      const float4 v = total<kInRing>(i);
+      const float4 v = total<kInRing>(from);
       if (owner == rank) {
         received()[rank * slots + slot] = v;
       } else {
@@ -167,14 +206,22 @@ struct DecodeEpilogue {
     }
   }
 
-  // The same, finished and stored or sent.
+  // The same, finished and stored or sent; first: token of the tile, count: tokens.
   template <bool kInRing>
-  __device__ __forceinline__ void finish(const BlockWork& work, int first, int count, const uint2& fetched) const {
+  __device__ __forceinline__ void finish(int tile, const Way& way, int first, int count, const uint2& fetched) const {
     if (args.gemm.splits > 1) {
-      send<kInRing>(first, count);
-    } else {
+      send<kInRing>(way, first * kRowVectors, count * kRowVectors);
+      return;
+    }
+    if (way.count <= 0) return;
+    const int exist = min(count, way.exist - first) * kRowVectors;
+    uint32_t from = way.from;
+    Act* out = way.out + static_cast<int64_t>(first) * args.gemm.n;
+    const auto feature = [&] { return first_feature(warp.work(tile)); };
 #pragma unroll 1
-      for (int i = thread(); i < count; i += kThreads) store(work, first + i, total<kInRing>(i), fetched);
+    for (int i = thread(); i < exist; i += kThreads, from += next_bytes<kInRing>()) {
+      store(out, total<kInRing>(from), feature, way.count, fetched);
+      out += static_cast<int64_t>(kNextTokens) * args.gemm.n;
     }
   }
   // All warps have read their rows of the correction's factor: those of the block's next tile.
@@ -184,31 +231,31 @@ struct DecodeEpilogue {
     }
   }
 
-  __device__ __forceinline__ void run(const typename Warp::Sums& sums, const BlockWork& work, int tile,
+  __device__ __forceinline__ void run(const typename Warp::Sums& sums, const Way& way, int tile,
                                       const uint2& fetched) const {
     const bool split = args.gemm.splits > 1;
     if (split) ptx::cluster_wait();  // the others' barriers are ready
     const int next = tile + warp.step();
-    if (Warp::kBlocks > 1 && args.start.tiles <= warp.step()) {
+    if (in_ring()) {
 #pragma unroll
-      for (int pass = 0; pass < Warp::kBlocks; ++pass) share<true>(sums, pass, pass * kMmaTokens);
+      for (int pass = 0; pass < Warp::kBlocks; ++pass) share<true>(sums, way, pass, pass * kMmaTokens);
       meet();
-      finish<true>(work, 0, args.smem.rows * kRowVectors, fetched);
+      finish<true>(tile, way, 0, args.smem.rows, fetched);
     } else {
 #pragma unroll
       for (int pass = 0; pass < Warp::kBlocks; ++pass) {
         const int first = pass * kMmaTokens;
-        if (first >= args.smem.rows) break;
+        if (pass > 0 && first >= args.smem.rows) break;
         if (tile >= warp.step() || pass > 0) meet();  // the sums before have been read
-        share<false>(sums, pass, 0);
+        share<false>(sums, way, pass, 0);
         meet();
         if (pass == 0) ask_up(next);
-        finish<false>(work, first * kRowVectors, min(tokens(), args.smem.rows - first) * kRowVectors, fetched);
+        finish<false>(tile, way, first, min(tokens(), args.smem.rows - first), fetched);
       }
     }
     if (split) {
       meet();  // what the block keeps
-      store_owned(work, fetched);
+      store_owned(warp.work(tile), fetched);
     }
   }
 };

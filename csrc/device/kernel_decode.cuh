@@ -110,11 +110,13 @@ __global__ void __maxnreg__(max_registers(kTilesDecode[kTileIndex], kBits, kMode
   typename Warp::Sums sums;
   for (int tile = mine.first_tile(); tile < args.start.tiles; tile += mine.step()) {
     const uint2 scales = end.fetch_scales(mine.work(tile));
+    typename End::Way way;
+    if (End::kWayAhead) way = end.way(mine.work(tile));
     mine.run(sums, state, places);
-    const BlockWork work = mine.work(tile);
     if constexpr (kLowRank)
-      LowRankExpand<Act, Warp, kTile, kMode>{{{args, smem}}}.add(sums, mine, work, tile / mine.step());
-    end.run(sums, work, tile, scales);
+      LowRankExpand<Act, Warp, kTile, kMode>{{{args, smem}}}.add(sums, mine, mine.work(tile), tile / mine.step());
+    if (!End::kWayAhead) way = end.way(mine.work(tile));
+    end.run(sums, way, tile, scales);
   }
   if (idle_warps) ptx::named_barrier_arrive(kEnd, blockDim.x);
 #endif
