@@ -32,6 +32,7 @@ struct EpilogueSm90 {
   static constexpr int kSlots = Consumer::kSmem.slots;
   static constexpr int kPassChunks = kPassTokens / kChunkTokens;
   static constexpr int kPieceValues = kCopyBytes / kActBytes, kRowPieces = format::kTileRows / kPieceValues;
+  static constexpr int kStagedBytes = kChunkTokens * kSwizzleRowBytes;  // of a chunk
   static_assert(kWarpgroupThreads == kChunkTokens * kRowPieces);
   static constexpr int kBlockSums =
       4;  // of a thread in 16 features x 8 tokens: (g, 2c), (g, 2c + 1), (g + 8, 2c), (g + 8, 2c + 1)
@@ -87,15 +88,17 @@ struct EpilogueSm90 {
         if (copies_out() && i >= kSlots) wait_copied(i - kSlots);
         if (i == 0 || kSlots == 1 || (copies_out() && i >= kSlots)) sync();
 #pragma unroll
-        for (int c = 0; c < chunks; ++c) stage_chunk(sums[b] + (pass * kPassChunks + c) * kChunkSums, terms, first + c);
+        for (int c = 0; c < chunks; ++c)
+          stage_chunk(stage_place(), sums[b] + (pass * kPassChunks + c) * kChunkSums, terms, first + c);
         if (copies_out()) ptx::fence_async_shared();
         sync();
         if (copies_out()) {
           copy_pass(i, first, token, feature);
           continue;
         }
+        const Piece of = piece(token, feature);
 #pragma unroll 1
-        for (int c = 0; c < chunks; ++c) write_chunk(first + c, token + c * kChunkTokens, feature);
+        for (int c = 0; c < chunks; ++c) write_chunk(of, first + c, c, 0);
       }
     }
   }
@@ -109,7 +112,7 @@ struct EpilogueSm90 {
   }
   __device__ __forceinline__ void copy_pass(int pass, int chunk, int token, int feature) const {
     if (!asks_for(pass)) return;
-    ptx::tensor_store(&args.out_map, feature, token, staging + chunk * (kChunkTokens * kSwizzleRowBytes));
+    ptx::tensor_store(&args.out_map, feature, token, staging + chunk * kStagedBytes);
     ptx::bulk_commit();
   }
   // Until the copy of a pass has read what was staged; its thread has asked for none since.
@@ -124,55 +127,60 @@ struct EpilogueSm90 {
     if (copies_out()) wait_copied();
   }
 
-  // Of a tile whose sums are exchanged, the chunks that this block owns; it has no other tile.
-  template <typename Exchange>
+  // Of a tile whose sums are exchanged, the team's of the chunks that this block owns; it has no other tile. What can be worked out is so before
+  // the others' sums are there.
+  template <int kTeam, typename Exchange>
   __device__ __forceinline__ void store_owned(const Exchange& exchange, const Sums& sums, const BlockWork& work,
                                               int feature0) const {
     constexpr int kRoom = kSlots * kPassChunks, kMostOwned = (Exchange::kChunks + 1) / 2;
+    static_assert(kTile.teams == 1 || kRoom >= Exchange::kChunks);
     RowTerms terms[Consumer::kPanels];
 #pragma unroll
     for (int b = 0; b < Consumer::kPanels; ++b) terms[b] = row_terms(feature0 + b * format::kTileRows);
-    exchange.wait();
     const int rank = exchange.consumer.split();
+    uint32_t stage_at = stage_place();
+    Piece of = piece(work.tile_m * kTile.block_m, feature0);
+    asm volatile("" : "+r"(stage_at), "+r"(of.from), "+l"(of.out), "+r"(of.tokens), "+r"(of.features));
+    if (exchange.splits > 1) exchange.wait();
     const auto write = [&](int first, int count) {  // so many of the block's chunks, from the first-th on
       sync();
 #pragma unroll 1
-      for (int i = 0; i < count; ++i) {
+      for (int i = kTeam; i < count; i += kTile.teams) {
         const int c = rank + (first + i) * exchange.splits;
-        const int panel = c / Exchange::kPanelChunks, chunk = c % Exchange::kPanelChunks;
-        write_chunk(i, work.tile_m * kTile.block_m + chunk * kChunkTokens, feature0 + panel * format::kTileRows);
+        write_chunk(of, i, c % Exchange::kPanelChunks, c / Exchange::kPanelChunks);
       }
     };
-    int owner = 0, owned = 0, written = 0;
-#pragma unroll
-    for (int c = 0; c < Exchange::kChunks; ++c) {
-      if (owner == rank) {
-        if (kRoom < kMostOwned && owned - written == kRoom) {
-          write(written, kRoom);
-          written = owned;
-          sync();  // read, before it is overwritten
-        }
-        float total[kChunkSums];
-        exchange.add(total, sums, c, owned);
-        stage_chunk(total, terms[c / Exchange::kPanelChunks], owned - written);
-        ++owned;
+    int owned = 0, written = 0;
+    Exchange::for_each_chunk(exchange.splits, [&](int c, int owner, int i) {
+      if (owner != rank) return;
+      if (kRoom < kMostOwned && owned - written == kRoom) {
+        write(written, kRoom);
+        written = owned;
+        sync();  // read, before it is overwritten
       }
-      if (++owner == exchange.splits) owner = 0;
-    }
+      ++owned;
+      if (!Exchange::has(kTeam, i)) return;
+      float total[kChunkSums];
+      exchange.add(total, sums, c, i);
+      stage_chunk(stage_at, total, terms[c / Exchange::kPanelChunks], i - written);
+    });
     write(written, owned - written);
   }
 
-  // 16 tokens, to the chunk-th 16 rows of the staging bytes.
-  __device__ __forceinline__ void stage_chunk(const float* sums, const RowTerms& t, int chunk) const {
+  // Where this thread names a row of the first chunk staged.
+  __device__ __forceinline__ uint32_t stage_place() const {
     const int warp = threadIdx.x / format::kLanes % format::kTileSlices, lane = threadIdx.x % format::kLanes;
+    return staging + place(lane / 16 * kMmaTokens + lane % 8, 2 * warp + lane / 8 % 2);
+  }
+  // 16 tokens, to the chunk-th 16 rows of the staging bytes.
+  __device__ __forceinline__ void stage_chunk(uint32_t at, const float* sums, const RowTerms& t, int chunk) const {
     uint32_t v[4];
 #pragma unroll
     for (int x = 0; x < 4; ++x) {  // x % 2: rows g or g + 8, x / 2: block of 8 tokens
       const float* two = sums + kBlockSums * (x / 2) + 2 * (x % 2);
       v[x] = pack_pair<Act>(two[0] * t.scale[x % 2] + t.bias[x % 2], two[1] * t.scale[x % 2] + t.bias[x % 2]);
     }
-    const int token = chunk * kChunkTokens + lane / 16 * kMmaTokens + lane % 8;
-    ptx::stmatrix_x4_trans(staging + place(token, 2 * warp + lane / 8 % 2), v);
+    ptx::stmatrix_x4_trans(at + chunk * kStagedBytes, v);
   }
 
   // 16-byte piece `piece` of a token's 64 features, swizzled as the tensor copy reads it.
@@ -180,21 +188,35 @@ struct EpilogueSm90 {
     return token * kSwizzleRowBytes + ((piece ^ token % 8) << 4);
   }
 
-  // The chunk-th 16 staged rows, to the 16 tokens from token0 on.
-  __device__ __forceinline__ void write_chunk(int chunk, int token0, int feature) const {
+  // 16 bytes of a token, which this thread writes of every chunk: of the first one of a tile,
+  struct Piece {
+    uint32_t from;  // where they are staged,
+    uint16_t* out;  // and where they go;
+    int tokens;     // tokens and features that exist from there on
+    int features;
+  };
+  __device__ __forceinline__ Piece piece(int token0, int feature0) const {
     const KernelArgs& g = args.gemm;
-    const int thread = threadIdx.x % kWarpgroupThreads, row = thread / kRowPieces, piece = thread % kRowPieces;
-    const int token = token0 + row, f = feature + piece * kPieceValues;
-    if (token >= g.m || f >= g.n) return;
-    const uint4 v = ptx::load_shared_v4(staging + place(chunk * kChunkTokens + row, piece));
-    uint16_t* const out = static_cast<uint16_t*>(g.params.out) + static_cast<int64_t>(token) * g.n + f;
-    if (g.n % kPieceValues == 0) {
+    const int thread = threadIdx.x % kWarpgroupThreads, row = thread / kRowPieces, column = thread % kRowPieces;
+    const int token = token0 + row, feature = feature0 + column * kPieceValues;
+    return {staging + place(row, column),
+            static_cast<uint16_t*>(g.params.out) + static_cast<int64_t>(token) * g.n + feature, g.m - token,
+            g.n - feature};
+  }
+  // The `staged`-th 16 staged rows, to the tile's chunk of tokens and panel of features.
+  __device__ __forceinline__ void write_chunk(const Piece& of, int staged, int chunk, int panel) const {
+    const int token = chunk * kChunkTokens, features = of.features - panel * format::kTileRows;
+    if (token >= of.tokens || features <= 0) return;
+    const int n = args.gemm.n;
+    const uint4 v = ptx::load_shared_v4(of.from + staged * kStagedBytes);
+    uint16_t* const out = of.out + static_cast<int64_t>(token) * n + panel * format::kTileRows;
+    if (n % kPieceValues == 0) {
       *reinterpret_cast<uint4*>(out) = v;
     } else {
       const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int i = 0; i < kPieceValues; ++i)
-        if (f + i < g.n) out[i] = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
+        if (i < features) out[i] = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
     }
   }
 };

@@ -11,6 +11,21 @@
 
 namespace sparse_marlin::device {
 
+// What follows the main loop where k is split, over teams or a cluster.
+template <ShapeSm90 kTile, int kTeam, typename Consumer, typename End>
+__device__ __forceinline__ void exchange_and_store(const Consumer& consumer, const End& end,
+                                                   typename Consumer::Sums& sums, const BlockWork& work) {
+  const int splits = consumer.args.start.order.splits;
+  if (splits > 1) ptx::cluster_arrive();  // this thread no longer reads its stages
+  if constexpr (kTile.teams > 1) TeamsSm90<Consumer, kTile>{consumer}.template meet<kTeam>(sums, splits);
+  const auto exchange = ExchangeSm90<Consumer, kTile>::of(consumer, splits);
+  if (splits > 1) {
+    ptx::cluster_wait();  // nor does anybody else
+    exchange.template send<kTeam>(sums);
+  }
+  end.template store_owned<kTeam>(exchange, sums, work, consumer.first_feature(work));
+}
+
 // The shape goes by its index in kShapesSm90, as in kernel_sm80.cuh.
 template <typename Act, int kBits, int kShapeIndex, ScaleMode kMode>
 __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm90[kShapeIndex].blocks())
@@ -20,7 +35,6 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
   using Producer = ProducerSm90<Act, kBits, kTile, kMode>;
   using Consumer = ConsumerSm90<Act, kBits, kTile, kMode>;
   using Pipeline = PipelineSm90<Act, kBits, kTile, kMode>;
-  using Exchange = ExchangeSm90<Consumer, kTile>;
   using End = EpilogueSm90<Act, Consumer, kTile>;
   extern __shared__ __align__(kSwizzleAlign) uint8_t shared[];
   const uint32_t smem = ptx::smem_address(shared);
@@ -50,7 +64,7 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
     }
     __syncwarp();
     if constexpr (kTile.may_split()) {
-      if (splits > 1) ptx::cluster_meet();  // the consumers' exchange
+      if (splits > 1) ptx::cluster_arrive();  // before the consumers' exchange
     }
   } else {
     ptx::registers_acquire<kTile.consumer_registers()>();
@@ -58,7 +72,7 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
     const int team = kTile.teams > 1 ? __shfl_sync(~0u, warpgroup / kTile.team_size(), 0) : 0;
     const int member = warpgroup - team * kTile.team_size();
     const Consumer consumer{pipeline, Consumer::lane_place(pipeline, member), member};
-    const End end{args, smem + Pipeline::kSmem.staging + member * Pipeline::kSmem.staging_bytes, member};
+    const End end{args, smem + Pipeline::kSmem.staging + member * Pipeline::kSmem.staging_bytes, warpgroup};
     end.fetch_arguments();
     ptx::grid_dependency_wait();  // the output may still be in use by the kernel before
     typename Consumer::Sums sums;
@@ -66,23 +80,21 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
     typename Pipeline::Place place{0, 0};
     for (int tile = pipeline.first_tile(); tile < pipeline.tiles(); tile = pipeline.next_tile(tile)) {
       const BlockWork work = pipeline.work(tile);
+      // Teams have code of their own to the end, or their sums would have to lie in the same registers.
       if constexpr (kTile.teams > 1) {
         if (team > 0) {
           consumer.template run<1>(sums, weights, work, place);
-          TeamsSm90<Consumer, kTile>{consumer}.give(sums);
-          if (splits > 1) ptx::cluster_meet();  // the first team's exchange
-          continue;
+          exchange_and_store<kTile, 1>(consumer, end, sums, work);
+        } else {
+          consumer.template run<0>(sums, weights, work, place);
+          exchange_and_store<kTile, 0>(consumer, end, sums, work);
         }
+        continue;
       }
       consumer.template run<0>(sums, weights, work, place);
-      if constexpr (kTile.teams > 1) TeamsSm90<Consumer, kTile>{consumer}.take(sums);
-      const int feature0 = pipeline.feature0(work) + member * Consumer::kPanels * format::kTileRows;
       if constexpr (kTile.may_split()) {
         if (splits > 1) {
-          const Exchange exchange = Exchange::of(consumer, splits);
-          ptx::cluster_meet();  // nobody reads its stages any more
-          exchange.send(sums);
-          end.store_owned(exchange, sums, work, feature0);
+          exchange_and_store<kTile, 0>(consumer, end, sums, work);
           continue;
         }
       }
@@ -92,7 +104,7 @@ __global__ void __launch_bounds__(kShapesSm90[kShapeIndex].threads(), kShapesSm9
         continue;
       }
       if (pipeline.begins(tile)) ranges.take(sums, tile, place);
-      end.store(sums, work, feature0);
+      end.store(sums, work, consumer.first_feature(work));
     }
     end.finish();
   }

@@ -68,6 +68,11 @@ struct ConsumerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
     return lane;
   }
 
+  // Of the warpgroup's panels.
+  __device__ __forceinline__ int first_feature(const BlockWork& work) const {
+    return this->feature0(work) + warpgroup * kPanels * format::kTileRows;
+  }
+
   // old = value, but by an instruction that depends on the old content: ptxas then cannot load into the register earlier, while an
   // unfinished wgmma still reads its metadata from it.
   __device__ __forceinline__ void renew(uint32_t& old, uint32_t value) const {

@@ -117,8 +117,9 @@ struct PipelineSm90 {
   }
 
   __device__ __forceinline__ uint32_t received() const { return smem + kSmem.received; }
-  __device__ __forceinline__ uint32_t team_full(int warpgroup) const {
-    return smem + kSmem.team_full + warpgroup * kBarrierBytes;
+  // Of a consumer, by its number in its team.
+  __device__ __forceinline__ uint32_t team_full(int team, int warpgroup) const {
+    return smem + kSmem.team_full + (team * kTile.team_size() + warpgroup) * kBarrierBytes;
   }
 
   // A thread of each warp: making one ready takes 40 clocks, all of them by one warp would take longer than anything else at the start.
@@ -132,7 +133,7 @@ struct PipelineSm90 {
       ptx::mbarrier_init(received(), 1);
       ptx::mbarrier_arrive_expect(received(), received_bytes(kTile, args.start.order.splits, split()));
     }
-    if (kTile.teams > 1 && warp < kTile.team_size()) ptx::mbarrier_init(team_full(warp), kWarpgroupThreads);
+    if (kTile.teams > 1 && warp < kTile.consumers) ptx::mbarrier_init(team_full(0, warp), kWarpgroupThreads);
     ptx::mbarrier_init_fence();
   }
 };

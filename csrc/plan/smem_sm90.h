@@ -3,9 +3,9 @@
 //   acts      [stage][half][token][64 columns], 128-byte swizzled
 //   weights   [stage] of { row tiles of packed weights | scales [rows][block_n] }
 //   staging   [consumer][slot][token of a pass][64 features], 128-byte swizzled: the output on its way to global memory
-//   team sums [consumer of a team][features and tokens], float32: what the second team gives to the first
-//   barriers  [stage] full, then [stage] empty, then received: where k is split, the sums that the block owns; then, of the second team's
-//             consumers, whether their sums are there
+//   team sums [consumer of a team][chunk], float32: what two teams give each other
+//   barriers  [stage] full, then [stage] empty, then received: where k is split, the sums that the block owns; then, of each consumer,
+//             whether those of the other team's are there
 // Where k is split over a cluster, its sums are exchanged in the bytes of acts and weights, once these are done with.
 #pragma once
 #include <algorithm>
@@ -75,7 +75,7 @@ constexpr SmemSm90 smem_sm90(const ShapeSm90& t, int num_bits, ScaleMode mode) {
   s.scales_bytes = scale_rows(mode) * t.block_n() * kActBytes;
   s.weights_bytes = t.row_tiles() * s.tile_bytes + s.scales_bytes;
   const int team_sums = (t.teams - 1) * t.block_m * t.block_n() * static_cast<int>(sizeof(float));
-  const int room = max_smem(t) - (2 * kMaxStagesSm90 + 1 + t.team_size()) * kBarrierBytes - team_sums;
+  const int room = max_smem(t) - (2 * kMaxStagesSm90 + 1 + t.consumers) * kBarrierBytes - team_sums;
   const auto stages_beside = [&](int tokens) {
     return (room - kSwizzleAlign - t.team_size() * tokens * kSwizzleRowBytes) / (s.acts_bytes + s.weights_bytes);
   };
@@ -96,7 +96,7 @@ constexpr SmemSm90 smem_sm90(const ShapeSm90& t, int num_bits, ScaleMode mode) {
   s.empty = s.full + s.stages * kBarrierBytes;
   s.received = s.empty + s.stages * kBarrierBytes;
   s.team_full = s.received + kBarrierBytes;
-  s.size = s.team_full + t.team_size() * kBarrierBytes;
+  s.size = s.team_full + t.consumers * kBarrierBytes;
   return s;
 }
 
