@@ -21,8 +21,10 @@ static_assert(sizeof(StartSm90) <= 64);
 struct KernelArgsSm90 {
   StartSm90 start;
   KernelArgs gemm;
-  CUtensorMap acts_map;     // [m, k], box: block_m tokens x 64 columns
-  CUtensorMap last_map;     // the same for the last tile of tokens: a box of the last_tokens that exist
+  // [m, k], box: block_m tokens x 64 columns; where there are whole_tiles, [k / 64][m][64], box: block_m tokens x 128 columns
+  CUtensorMap acts_map;
+  // [m, k], of the last tile of tokens, where it is not whole, box: the last_tokens that exist x 64 columns
+  CUtensorMap last_map;
   CUtensorMap weights_map;  // [row tiles, 1024-byte rows, 256 words], box: what a block reads of a 128-column tile
   CUtensorMap scales_map;   // [groups, n], box: groups of a 128-column tile x block_n features; unset where channelwise
   CUtensorMap out_map;      // [m, n], box: tokens of a pass x 64 features; unset where !copies_out
@@ -35,6 +37,7 @@ struct KernelArgsSm90 {
   Divisor cols;                  // column tiles of k
   uint64_t* flags;        // of ranges whose sums are in gemm.partials: [range][consumer], then equal to the token
   uint64_t token;         // of this launch
+  int whole_tiles;        // of tokens, the first ones: whose activations come by one copy a stage
   int own_cols;           // column tiles of the weight: those from here on are the correction's
   int last_tokens;        // rows past the end, which arrive as zeros, would take a copy longer than rows that exist
   uint32_t scales_bytes;  // of a stage

@@ -23,7 +23,7 @@ struct ProducerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
   // A copy cannot start without its map, so they are asked for first of all. One thread's.
   __device__ __forceinline__ void prefetch_maps() const {
     ptx::prefetch_map(&args.weights_map);
-    ptx::prefetch_map(args.start.order.tiles_m > 1 ? &args.acts_map : &args.last_map);
+    ptx::prefetch_map(args.start.order.tiles_m > 1 || args.whole_tiles > 0 ? &args.acts_map : &args.last_map);
     if (kMode != ScaleMode::kNone) ptx::prefetch_map(&args.scales_map);
     if (args.copies_out) ptx::prefetch_map(&args.out_map);
   }
@@ -34,9 +34,6 @@ struct ProducerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
 
   __device__ __forceinline__ void run(int role) const {
     if (kMode == ScaleMode::kNone && role == kScales) return;
-    // Weights depend on no kernel before this one. Scales may be an aligned copy that it made.
-    if (role != kWeights) ptx::grid_dependency_wait();
-    if (role == kActs) ptx::grid_launch_dependents();
     Place place{0, 1};  // a fresh barrier counts as passed: the first round does not wait
 #pragma unroll 1
     for (int tile = this->first_tile(); tile < this->tiles(); tile = this->next_tile(tile)) {
@@ -90,8 +87,12 @@ struct ProducerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
                           col * (kSmem.tile_bytes / kMapRowBytes), row_tile, barrier, policy);
     });
   }
+  // Weights depend on no kernel before this one. Scales may be an aligned copy that it made. Both waits below come behind what can be worked
+  // out before; they are every tile's, but only the first one's takes time.
   __device__ __forceinline__ void ask_scales(const BlockWork& work, Place& place) const {
-    const int feature = this->feature0(work);
+    int feature = this->feature0(work);
+    asm volatile("" : "+r"(feature));
+    ptx::grid_dependency_wait();
     for_each_col(work, place, [&](auto tail, int col, int stage, uint32_t barrier) {
       ptx::mbarrier_arrive_expect(barrier, args.scales_bytes);
       ptx::tensor_load(this->weights_at(stage) + Base::kScalesOffset, tail() ? &args.tail_scales_map : &args.scales_map,
@@ -103,8 +104,16 @@ struct ProducerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
     static_assert(kMaxShare == kHalves);
     constexpr int kHalfBytes = kTile.block_m * kSwizzleRowBytes;
     constexpr uint16_t kBlocks = (1 << kMaxShare) - 1;
-    const int token = work.tile_m * kTile.block_m, own_half = this->share_rank();
-    const bool last = work.tile_m == args.start.order.tiles_m - 1;
+    int token = work.tile_m * kTile.block_m;
+    const int own_half = this->share_rank();
+    const bool last = work.tile_m == args.start.order.tiles_m - 1, whole = work.tile_m < args.whole_tiles;
+    asm volatile("" : "+r"(token));
+    ptx::grid_dependency_wait();
+    ptx::grid_launch_dependents();
+    if (whole) {
+      ask_whole_acts(work, place, token, last);
+      return;
+    }
     const CUtensorMap* const own_map = last ? &args.last_map : &args.acts_map;
     const uint32_t bytes = last ? kHalves * kSwizzleRowBytes * args.last_tokens : kSmem.acts_bytes;
     for_each_col(work, place, [&](auto tail, int col, int stage, uint32_t barrier) {
@@ -123,6 +132,21 @@ struct ProducerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
         for (int half = 0; half < kHalves; ++half)
           ptx::tensor_load(to + half * kHalfBytes, map, column + half * kHalfStep, token, barrier);
       }
+    });
+  }
+  // The same by one copy a stage: two take a thread longer to ask for than tiles of few tokens take to be multiplied.
+  __device__ __forceinline__ void ask_whole_acts(const BlockWork& work, Place& place, int token, bool last) const {
+    for_each_col(work, place, [&](auto tail, int col, int stage, uint32_t barrier) {
+      const uint32_t to = this->acts_at(stage);
+      ptx::mbarrier_arrive_expect(barrier, kSmem.acts_bytes);
+      if (!tail()) {
+        ptx::tensor_load_3d(to, &args.acts_map, 0, token, col * kHalves, barrier);
+        return;
+      }
+      const CUtensorMap* const map = last ? &args.tail_last_map : &args.tail_acts_map;
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half)  // both multiply the same ranks
+        ptx::tensor_load(to + half * (kTile.block_m * kSwizzleRowBytes), map, col * kTailRanks, token, barrier);
     });
   }
   // The sums of a panel of another block's range, into the bytes of a stage's activations.

@@ -33,6 +33,15 @@ TensorMap<2> swizzled(const Problem& problem, const void* data, int64_t rows, in
           {extent(kHalfCols), extent(box_rows)},
           CU_TENSOR_MAP_SWIZZLE_128B};
 }
+// The same of activations, both halves of a column tile at once.
+TensorMap<3> whole_acts(const Problem& problem, const device::KernelArgs& gemm, int box_rows) {
+  return {act_type(problem),
+          gemm.params.acts,
+          {size(kHalfCols), size(gemm.m), size(gemm.k / kHalfCols)},
+          {size(gemm.acts_row * kActBytes), size(kSwizzleRowBytes)},
+          {extent(kHalfCols), extent(box_rows), extent(kHalves)},
+          CU_TENSOR_MAP_SWIZZLE_128B};
+}
 TensorMap<3> weights(const void* data, int64_t row_words, int64_t row_tiles, int64_t col_tiles, const TileSm90& tile,
                      const SmemSm90& smem) {
   const int tile_rows = smem.tile_bytes / kMapRowBytes;
@@ -56,9 +65,16 @@ cudaError_t write_maps(device::KernelArgsSm90& args, const Problem& problem, con
   const device::KernelArgs& g = args.gemm;
   const int block_m = tile.size().block_m;
   args.last_tokens = g.m - (g.tiles_m - 1) * block_m;
-  cudaError_t status = swizzled(problem, g.params.acts, g.m, g.k, g.acts_row, args.last_tokens).write(&args.last_map);
-  if (status == cudaSuccess && g.tiles_m > 1)
+  // blocks that share activations bring a half each
+  if (tile.share == 1 && g.k % kHalfCols == 0) args.whole_tiles = g.m / block_m;
+  cudaError_t status = cudaSuccess;
+  if (args.whole_tiles < g.tiles_m)
+    status = swizzled(problem, g.params.acts, g.m, g.k, g.acts_row, args.last_tokens).write(&args.last_map);
+  if (status == cudaSuccess && args.whole_tiles > 0) {
+    status = whole_acts(problem, g, block_m).write(&args.acts_map);
+  } else if (status == cudaSuccess && g.tiles_m > 1) {
     status = swizzled(problem, g.params.acts, g.m, g.k, g.acts_row, block_m).write(&args.acts_map);
+  }
   if (status == cudaSuccess && args.copies_out)
     status = swizzled(problem, g.params.out, g.m, g.n, g.n, smem.pass_tokens).write(&args.out_map);
   if (status == cudaSuccess) {
