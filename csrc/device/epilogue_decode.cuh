@@ -31,7 +31,7 @@ struct DecodeEpilogue {
     return static_cast<uint8_t*>(__cvta_shared_to_generic(address));
   }
   // Where this thread's part of the end takes place. Worked out before the main loop: at a tile's end nothing hides a row of dependent
-  // instructions. Not with scales of steps, which leave too few registers; tiles of 16 tokens with a correction measure slower so.
+  // instructions. Not with scales of steps, which leave too few registers; tiles of 16 tokens with a correction measured slower so.
   static constexpr bool kWayAhead = kMode != ScaleMode::kSteps && !(kLowRank && Warp::kBlocks > 1);
   struct Way {
     uint32_t to;    // in shared memory: its sums of its first token

@@ -127,8 +127,8 @@ struct EpilogueSm90 {
     if (copies_out()) wait_copied();
   }
 
-  // Of a tile whose sums are exchanged, the team's of the chunks that this block owns; it has no other tile. What can be worked out is so before
-  // the others' sums are there.
+  // Of a tile whose sums are exchanged, the chunks that this block owns and the team finishes; it has no other tile. What can be worked out
+  // before the others' sums are there is.
   template <int kTeam, typename Exchange>
   __device__ __forceinline__ void store_owned(const Exchange& exchange, const Sums& sums, const BlockWork& work,
                                               int feature0) const {

@@ -17,7 +17,7 @@ struct ExchangeSm90 {
   static constexpr int kVectorBytes = kChunkBytes / kVectors;  // of all threads
   using Sums = typename Consumer::Sums;
 
-  // Calls act(chunk, the block that owns it, the how many-th of that block's it is) for all of a consumer's.
+  // Calls act(chunk, the block that owns it, which of that block's it is) for all of a consumer's.
   template <typename Do>
   static __device__ __forceinline__ void for_each_chunk(int splits, const Do& act) {
     int owner = 0, i = 0;

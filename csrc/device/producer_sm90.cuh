@@ -134,7 +134,7 @@ struct ProducerSm90 : PipelineSm90<Act, kBits, kTile, kMode> {
       }
     });
   }
-  // The same by one copy a stage: two take a thread longer to ask for than tiles of few tokens take to be multiplied.
+  // The same by one copy a stage: two take a thread 400 clocks to ask for (docs/KERNEL_SM90.md, attempts 6 and 127).
   __device__ __forceinline__ void ask_whole_acts(const BlockWork& work, Place& place, int token, bool last) const {
     for_each_col(work, place, [&](auto tail, int col, int stage, uint32_t barrier) {
       const uint32_t to = this->acts_at(stage);
