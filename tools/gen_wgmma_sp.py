@@ -7,7 +7,7 @@ The instruction names every accumulator register, and inline assembly has no loo
 
 from pathlib import Path
 
-TOKENS = (16, 32, 48, 64, 96, 128, 144, 160, 176)
+TOKENS = (16, 32, 48, 64, 96, 128, 160, 176, 192)
 TYPES = {"__half": "f16", "__nv_bfloat16": "bf16"}
 TARGET = Path(__file__).parent.parent / "csrc" / "device" / "ptx" / "wgmma_sp.cuh"
 WIDTH = 120

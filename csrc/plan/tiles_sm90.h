@@ -32,12 +32,14 @@ struct ShapeSm90 {
   // Blocks that an SM holds at once. Two of the small ones: the next launch can then start before this one has finished.
   constexpr int blocks() const { return consumers == 2 && panels == 1 && block_m <= 64 ? 2 : 1; }
   // The producer hands registers to the consumers; multiples of 8, and together no more than the block was launched with.
-  constexpr int launch_registers() const { return blocks() == 2 ? 80 : consumers == 2 ? 168 : 96; }
+  constexpr int launch_registers() const {
+    return blocks() == 2 ? 80 : consumers == 2 ? 168 : consumers == 3 ? 128 : 96;
+  }
   constexpr int producer_registers() const {
-    return blocks() == 2 || consumers == 4 ? 32 : block_m * panels > 256 ? 24 : 40;
+    return blocks() == 2 || consumers > 2 ? 32 : block_m * panels > 256 ? 24 : 40;
   }
   constexpr int consumer_registers() const {
-    return blocks() == 2 ? 104 : consumers == 4 ? 112 : block_m * panels > 256 ? 240 : 232;
+    return blocks() == 2 ? 104 : consumers == 4 ? 112 : consumers == 3 ? 160 : block_m * panels > 256 ? 240 : 232;
   }
 };
 
@@ -46,8 +48,9 @@ struct ShapeSm90 {
 inline constexpr std::array kShapesSm90{
     ShapeSm90{16, 4, 1},    ShapeSm90{32, 2, 1},    ShapeSm90{32, 4, 1},    ShapeSm90{48, 2, 1},  ShapeSm90{64, 2, 1},
     ShapeSm90{64, 4, 1},    ShapeSm90{96, 2, 1},    ShapeSm90{96, 2, 2},    ShapeSm90{128, 2, 1}, ShapeSm90{128, 2, 2},
-    ShapeSm90{144, 2, 2},   ShapeSm90{160, 2, 2},   ShapeSm90{176, 2, 2},  //
-    ShapeSm90{32, 4, 1, 2}, ShapeSm90{48, 4, 1, 2}, ShapeSm90{64, 4, 1, 2},
+    ShapeSm90{160, 2, 2},   ShapeSm90{176, 2, 2},                            //
+    ShapeSm90{32, 4, 1, 2}, ShapeSm90{48, 4, 1, 2}, ShapeSm90{64, 4, 1, 2},  //
+    ShapeSm90{64, 3, 1},    ShapeSm90{96, 3, 1},    ShapeSm90{128, 3, 1},   ShapeSm90{176, 3, 1}, ShapeSm90{192, 3, 1},
 };
 
 constexpr bool valid_shape(const ShapeSm90& t) {
