@@ -157,8 +157,8 @@ struct DecodeEpilogue {
       v = times(v, count == kVectorFeatures ? fetched
                                             : some_scales(static_cast<const Act*>(g.params.scales) + feature(), count));
     }
-    if (g.params.bias != nullptr) v = with_bias(v, static_cast<const Act*>(g.params.bias) + feature(), count);
-    store_out<Act>(out, nullptr, v, count, g.n % kVectorFeatures == 0);
+    const Act* const bias = static_cast<const Act*>(g.params.bias);
+    store_out(out, bias == nullptr ? nullptr : bias + feature(), v, count, g.n % kVectorFeatures == 0);
   }
   // The finished vector i of the tile.
   __device__ __forceinline__ void store(const BlockWork& work, int i, const float4& v, const uint2& fetched) const {

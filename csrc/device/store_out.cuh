@@ -31,20 +31,15 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
 
 inline constexpr int kVector = 4;  // features a thread stores at once
 
-template <typename Act>
-__device__ __forceinline__ float4 with_bias(float4 v, const Act* bias, int count) {
-  float values[kVector] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int j = 0; j < kVector; ++j)
-    if (j < count) values[j] += to_float(bias[j]);
-  return {values[0], values[1], values[2], values[3]};
-}
-
 // out[0 .. count) = values + bias, rounded; `aligned` says that out may be written 8 bytes at once.
 template <typename Act>
 __device__ __forceinline__ void store_out(Act* out, const Act* bias, float4 v, int count, bool aligned) {
-  if (bias != nullptr) v = with_bias(v, bias, count);
-  const float values[kVector] = {v.x, v.y, v.z, v.w};
+  float values[kVector] = {v.x, v.y, v.z, v.w};
+  if (bias != nullptr) {
+#pragma unroll
+    for (int j = 0; j < kVector; ++j)
+      if (j < count) values[j] += to_float(bias[j]);
+  }
   if (aligned && count >= kVector) {
     Act packed[kVector];
 #pragma unroll
