@@ -62,6 +62,7 @@ def test_two_streams_at_once(cuda, m):
         (Way("decode", 8, 128, 1, 1), Way("decode", 16, 64, 1, 1)),
         (Way("decode", 16, 128, 1, 3), Way("sm90", 32, 128, 1, 4)),
         (Way("sm90", 32, 128, 1, 3, teams=2), Way("sm90", 64, 128, 1, 1, teams=2)),
+        (Way("sm90", 128, 192, 1, 3), Way("sm90", 192, 192, 1, -1)),
     ],
     ids=str,
 )
@@ -131,6 +132,12 @@ CHAINS = {
         Way("sm90", 64, 128, 1, 1, teams=2),
         Way("decode", 8, 64, 1, 1),
         Way("sm90", 48, 128, 2, 1, teams=2),
+    ],
+    "three consumers": [
+        Way("sm90", 64, 192, 1, 3),
+        Way("sm90", 128, 192, 1, -1),
+        Way("sm90", 192, 192, 2, 1),
+        Way("sm90", 96, 192, 1, 1),
     ],
     "both": [
         Way("sm90", 64, 256, 1, 4),
