@@ -44,7 +44,7 @@ struct ShapeSm90 {
 };
 
 // With few tokens four consumers hide each other's latency; with many, two keep more sums in registers. Where there are few features, too,
-// the four are two teams, which share out k.
+// the four are two teams, which share out k. Three are for numbers of features that are shared out more evenly by 192.
 inline constexpr std::array kShapesSm90{
     ShapeSm90{16, 4, 1},    ShapeSm90{32, 2, 1},    ShapeSm90{32, 4, 1},    ShapeSm90{48, 2, 1},  ShapeSm90{64, 2, 1},
     ShapeSm90{64, 4, 1},    ShapeSm90{96, 2, 1},    ShapeSm90{96, 2, 2},    ShapeSm90{128, 2, 1}, ShapeSm90{128, 2, 2},
