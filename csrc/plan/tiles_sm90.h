@@ -9,6 +9,7 @@
 #include <array>
 
 #include "format/packed_24.h"
+#include "plan/registers.h"
 #include "plan/tiles.h"
 
 namespace sparse_marlin {
@@ -31,15 +32,15 @@ struct ShapeSm90 {
   constexpr bool may_split() const { return block_m * panels <= 256; }
   // Blocks that an SM holds at once. Two of the small ones: the next launch can then start before this one has finished.
   constexpr int blocks() const { return consumers == 2 && panels == 1 && block_m <= 64 ? 2 : 1; }
-  // The producer hands registers to the consumers; multiples of 8, and together no more than the block was launched with.
+  // Of a thread, at launch. The producer hands registers to the consumers: together they have as many as the block was launched with.
   constexpr int launch_registers() const {
-    return blocks() == 2 ? 80 : consumers == 2 ? 168 : consumers == 3 ? 128 : 96;
+    return kSchedulers * kSchedulerRegisters / (blocks() * threads()) / kRegisterUnit * kRegisterUnit;
   }
   constexpr int producer_registers() const {
     return blocks() == 2 || consumers > 2 ? 32 : block_m * panels > 256 ? 24 : 40;
   }
   constexpr int consumer_registers() const {
-    return blocks() == 2 ? 104 : consumers == 4 ? 112 : consumers == 3 ? 160 : block_m * panels > 256 ? 240 : 232;
+    return ((consumers + 1) * launch_registers() - producer_registers()) / consumers / kRegisterUnit * kRegisterUnit;
   }
 };
 
@@ -54,8 +55,7 @@ inline constexpr std::array kShapesSm90{
 };
 
 constexpr bool valid_shape(const ShapeSm90& t) {
-  return t.block_m % 16 == 0 && t.block_m <= 256 && t.block_n() <= 256 && t.threads() <= 1024 &&
-         t.consumers * t.consumer_registers() + t.producer_registers() <= (t.consumers + 1) * t.launch_registers();
+  return t.block_m % 16 == 0 && t.block_m <= 256 && t.block_n() <= 256 && t.threads() <= 1024;
 }
 constexpr bool valid_shapes() {
   for (const ShapeSm90& t : kShapesSm90)
